@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from toolkit.exporting import export
     from toolkit.llm import LLM, LoRARequest
     from toolkit.patching import PatchReport, patch, token_logprobs, unpatch, weights_changed
+    from toolkit.patching.tensor_parallel import tensor_parallel
     from toolkit.quantised import quantise
 
 # Resolved on first use, so that `toolkit --help` and the ops do not wait for transformers.
@@ -33,6 +34,7 @@ _HOMES = {
     "PatchReport": "toolkit.patching",
     "patch": "toolkit.patching",
     "quantise": "toolkit.quantised",
+    "tensor_parallel": "toolkit.patching.tensor_parallel",
     "token_logprobs": "toolkit.patching",
     "unpatch": "toolkit.patching",
     "weights_changed": "toolkit.patching",
@@ -49,6 +51,7 @@ __all__ = [
     "export",
     "patch",
     "quantise",
+    "tensor_parallel",
     "token_logprobs",
     "unpatch",
     "weights_changed",

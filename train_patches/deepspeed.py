@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import nn
 
 from toolkit.errors import ToolkitError
-from toolkit.moe.sharding import ShardedExperts, gather_state_dict, group_size, shard_experts
+from toolkit.moe.sharded_parameters import gather_state_dict
+from toolkit.moe.sharding import ShardedExperts, group_size, shard_experts
 from toolkit.patching import expert_layers
 from toolkit.patching.sharding import gathered_zero
 

@@ -37,7 +37,7 @@ def compare(losses: list[Tensor], weights: dict[str, Tensor], size: int) -> None
 def under_accelerate(rank: int, size: int, store: str, experts: int) -> None:
     from accelerate import Accelerator
 
-    from toolkit.moe.sharding import gather_state_dict
+    from toolkit.moe.sharded_parameters import gather_state_dict
     from train_patches.accelerate import expert_parallel
 
     start(rank, size, store)

@@ -53,7 +53,9 @@ def quantise_as_asked(args: argparse.Namespace, model: Any) -> Any:
 def load(args: argparse.Namespace, runner: str = "generate") -> tuple[Any, Any]:
     """(model, tokenizer or None) that the options of ``add_model_options`` describe."""
     how = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    model, tokenizer = load_model(args.model, args.dtype, args.device, runner=runner, **how)
+    ranks = getattr(args, "ranks", None)
+    device = args.device if ranks is None else ranks.device(args.device)
+    model, tokenizer = load_model(args.model, args.dtype, device, runner=runner, **how)
     return quantise_as_asked(args, model), tokenizer
 
 
@@ -187,4 +189,8 @@ def make_engine(args: argparse.Namespace, model: Any, tokenizer: Any) -> "Engine
     from toolkit.engine import Engine
 
     given = {field.name: getattr(args, field.name) for field in fields(EngineConfig) if hasattr(args, field.name)}
+    ranks = getattr(args, "ranks", None)
+    if ranks is not None:
+        engine: Engine = ranks.engine(model, tokenizer, given)
+        return engine
     return Engine(model, tokenizer, **with_draft_model(given, args.dtype, args.device))

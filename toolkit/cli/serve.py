@@ -3,19 +3,27 @@
 import argparse
 import json
 import os
+import signal
 import socket
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.cli.live import add_live_options, check_live_options, live_training
 from toolkit.cli.opened import add_served_options, opened
 from toolkit.cli.operations import add_operation_options, operation_of
 from toolkit.cli.options import runner_of
+from toolkit.cli.ranks import Ranks, add_ranks_option, is_first_rank, ranks_of
 from toolkit.errors import ToolkitError, first_line
 from toolkit.machine import describe_cpus
 from toolkit.sentences import shown
+
+if TYPE_CHECKING:
+    from toolkit.engine import AsyncEngine
 
 KEY_VARIABLE = "TOOLKIT_API_KEY"
 
@@ -23,6 +31,7 @@ KEY_VARIABLE = "TOOLKIT_API_KEY"
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
     add_served_options(parser)
+    add_ranks_option(parser)
     _add_api_options(parser.add_argument_group("API"))
     _add_http_options(parser.add_argument_group("HTTP"))
     add_operation_options(parser.add_argument_group("operation"))
@@ -169,16 +178,27 @@ def run(args: argparse.Namespace) -> int:
     if args.allowed_local_media_path is not None and not Path(args.allowed_local_media_path).is_dir():
         given = shown(args.allowed_local_media_path)
         raise ToolkitError(f"--allowed-local-media-path must be a folder, got {given}.")
+    if not is_first_rank():
+        with _opened(args, template) as (_, engine, _served):
+            ranks: Ranks = args.ranks
+            return ranks.follow(engine)
     with listen_unix(args.uds) if args.uds else listen(args.host, args.port) as listener:
         try:
-            runner, settings = runner_of(args)
-            check_live_options(args, runner)
-            with opened(args, runner, settings, template) as (engine, served):
+            with _opened(args, template) as (runner, engine, served):
                 serve = _serve_pooling if runner == "pooling" else _serve
                 return serve(args, engine, served, listener, http)
         finally:
             if args.uds:
                 Path(args.uds).unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(args: argparse.Namespace, template: str | None) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """The runner, and what ``opened`` gives; ``args.ranks`` are the processes of the model, None for one."""
+    runner, settings = runner_of(args)
+    check_live_options(args, runner)
+    with ranks_of(args, runner) as args.ranks, opened(args, runner, settings, template) as (engine, served):
+        yield runner, engine, served
 
 
 def _access(args: argparse.Namespace) -> dict[str, Any]:
@@ -242,6 +262,8 @@ def _serve(args: argparse.Namespace, engine: Any, served: dict[str, Any], listen
         engine.load_adapter(name, folder)
     print(describe_memory(engine), file=sys.stderr, flush=True)
     running = AsyncEngine(engine, max_queued_seqs=args.max_queue, listener=metrics)
+    if args.ranks is not None:
+        _end_with_ranks(args.ranks, running, args.grace)
     with live_training(args, running, _names(args)) as live:
         return _run(
             args,
@@ -259,6 +281,22 @@ def _serve(args: argparse.Namespace, engine: Any, served: dict[str, Any], listen
             live=live,
             **served,
         )
+
+
+def _end_with_ranks(ranks: Ranks, running: "AsyncEngine", grace: float) -> None:
+    """Let the server end when a rank does: at once, or after ``grace`` seconds where a step waits for it for ever."""
+
+    def lost(sentence: str) -> None:
+        leading: Any = running.engine
+        leading.lost = sentence
+        running.start()
+        running.cancel(-1)  # the next call is the last
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace + 5)
+        print(f"toolkit: {sentence}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    ranks.watch(lost)
 
 
 def _names(args: argparse.Namespace) -> list[str]:

@@ -15,6 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import TypeVar, cast
 
 from toolkit.engine.engine import Engine
+from toolkit.engine.leading import check_threaded
 from toolkit.engine.media import check_media_space, num_bytes
 from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
@@ -29,7 +30,6 @@ from toolkit.engine.request_handle import (
     wake,
 )
 from toolkit.engine.step_gate import StepGate
-from toolkit.errors import ToolkitError
 
 Result = TypeVar("Result")
 
@@ -49,8 +49,7 @@ class AsyncEngine:
     def __init__(
         self, engine: Engine, *, max_queued_seqs: int | None = None, listener: EngineListener | None = None
     ) -> None:
-        if not hasattr(engine, "step"):
-            raise ToolkitError(f"engine must be an Engine, got {type(engine).__name__}; make one with Engine(model).")
+        check_threaded(engine)
         self.engine = engine
         self.max_queued_seqs = max_queued_seqs
         self.listener = listener or EngineListener()

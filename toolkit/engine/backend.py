@@ -13,13 +13,21 @@ from toolkit.engine.step.decode_graphs import DecodeGraphs, padded_size
 from toolkit.engine.step.sampling import StepSampling
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
+from toolkit.ops.collectives import gather_objects
 from toolkit.ops.executor import step_threads
 from toolkit.patching import patch, report_of
-from toolkit.patching.adapters import adapter_parts, fuse_adapters, inner_model, refresh_scales, vocabulary_size
+from toolkit.patching.adapters import (
+    adapter_layers,
+    adapter_parts,
+    fuse_adapters,
+    inner_model,
+    refresh_scales,
+    vocabulary_size,
+)
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal import encode, expand, span_layers, takes_media
-from toolkit.patching.sharding import check_unsharded
+from toolkit.patching.sharding import check_unsharded, group_of
 from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_clock
 from toolkit.state import PagedContext, PrefixKey, StateSpec
@@ -36,7 +44,8 @@ class Backend(Protocol):
     ``expand``, ``encode`` and ``span_layers``. One with ``keeps_prompts`` is told what each row's prompt is
     (``RaggedBatch.prompt_lengths``). One with ``sampled`` takes a third argument of ``forward``, a ``StepSampling`` of
     a decode step's rows, and says by ``sampled`` whether that forward sampled them, and by ``captures_ahead`` whether
-    graphs are to be captured before the first request.
+    graphs are to be captured before the first request. One whose model is split over ranks has ``agree`` and ``least``,
+    by which they take one value of what clocks and memory say.
     """
 
     device: torch.device
@@ -103,6 +112,7 @@ class PatchedModel:
         self.graphs = DecodeGraphs(model)
         self.clock = weight_clock(model)
         self.sampled = False
+        self.group = group_of(model)
         self.captures_ahead = records(parameter.device)
         self._seen = (-1, -1)
         self._adapter_parts: list[nn.Module] = []
@@ -140,11 +150,28 @@ class PatchedModel:
         if seen != self._seen:
             if seen[0] != self._seen[0]:
                 check_unsharded(self.model, "generating")
+                self._check_group()
                 fuse_adapters(self.model, self.numerics)
                 self._adapter_parts = adapter_parts(self.model)
             refresh_scales(self.model)
             self._seen = seen
         return version
+
+    def _check_group(self) -> None:
+        """Raise ToolkitError where the model is split over other ranks than when its state was laid out."""
+        if group_of(self.model) != self.group:
+            was, now = ("whole", "split over ranks") if self.group is None else ("split over ranks", "whole")
+            raise ToolkitError(f"the model must be {was}, as when its engine was made, got one that is {now}.")
+        if self.group is not None and adapter_layers(self.model):
+            raise ToolkitError("a model that is split over ranks must have no adapters for generating, got some.")
+
+    def agree(self, value: Any) -> Any:
+        """``value``, of a model that is split over ranks the first rank's; all of them must call this."""
+        return value if self.group is None else gather_objects(value, self.group)[0]
+
+    def least(self, value: int) -> int:
+        """``value``, of a model that is split over ranks the least of theirs; all of them must call this."""
+        return value if self.group is None else min(gather_objects(value, self.group))
 
     def prefix_key(self) -> PrefixKey:
         return self.clock.key

@@ -76,6 +76,7 @@ def block_counts(
         memory = int(0.8 * torch.cuda.mem_get_info(backend.device)[0])
     else:
         memory = memory_bytes() // _CPU_SHARE
+    memory = getattr(backend, "least", int)(memory)  # ranks have equally many
     blocks = sequences * math.ceil(max_model_len / size)
     while blocks > 1 and sum(block_bytes[group] * count for group, count in counts(blocks).items()) > memory:
         blocks = max(1, blocks * 15 // 16)

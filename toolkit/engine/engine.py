@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -134,11 +133,10 @@ class Engine:
         self.adapters = new_adapters(self.backend, self.scheduler, self.config)
         if self.adapters is not None:
             self.runner.adapter_ids = self.adapters.ids
-        self.requests = LiveRequests(self.scheduler, self.pool, self.speculation, self.adapters)
+        self.requests = LiveRequests(self.backend, self.scheduler, self.pool, self.speculation, self.adapters)
         self._decoding = Decoding(self.runner, self.scheduler, self.speculation)
-        seeds = np.random.default_rng(seed)
         self._new_requests = NewRequests(
-            self.backend, tokenizer, processor, self.scheduler, self.max_model_len, seeds, self.adapters
+            self.backend, tokenizer, processor, self.scheduler, self.max_model_len, seed, self.adapters
         )
         self.grammars = self._new_requests.grammars  # any thread may compile one
         self._saved_prefixes = SavedPrefixes(self.backend, self.pool, self.block_manager, self.offloading)
@@ -259,6 +257,8 @@ class Engine:
         self._check_open()
         if self.adapters is None:
             raise ToolkitError(f"lora_name must be None for this backend, got {name!r}.")
+        if getattr(self.backend, "group", None) is not None:
+            raise ToolkitError(f"lora_name must be None for a model that is split over ranks, got {name!r}.")
         return self.adapters
 
     def sleep(self) -> None:
@@ -381,8 +381,8 @@ class Engine:
         except BaseException as error:
             for request in {chunk.sequence.request for chunk in chunks}:
                 self.requests.end(request, "error", described(error))
-            if not isinstance(error, Exception):
-                raise
+            if not isinstance(error, Exception) or getattr(self.backend, "group", None) is not None:
+                raise  # other ranks of the model may have made this step: their engines are no longer in step
 
     def _encoded(self, chunks: list[Chunk]) -> tuple[list[Chunk], dict[bytes, Features]]:
         """The chunks whose pictures are encoded, and what they are; requests with others have ended with "error"."""

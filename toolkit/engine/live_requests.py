@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from toolkit.engine.adapters import ModelAdapters
+from toolkit.engine.backend import Backend
 from toolkit.engine.outputs import Delta, FinishReason, whole
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.scheduler import Scheduler
@@ -16,6 +17,7 @@ class LiveRequests:
     """Requests that wait or run.
 
     Args:
+        backend: the model. Where it is split over ranks, the first one says what is out of time.
         scheduler: that runs them.
         pool: of their state.
         speculation: that drafts for them; None for none.
@@ -28,6 +30,7 @@ class LiveRequests:
 
     def __init__(
         self,
+        backend: Backend,
         scheduler: Scheduler,
         pool: StatePool,
         speculation: Speculation | None,
@@ -39,6 +42,7 @@ class LiveRequests:
         self._pool: StatePool | None = pool
         self._speculation = speculation
         self._adapters = adapters
+        self._agree: Callable[[list[int]], list[int]] = getattr(backend, "agree", list)
         self._deadlines: list[tuple[float, int]] = []
 
     @property
@@ -99,8 +103,12 @@ class LiveRequests:
 
     def end_expired(self) -> None:
         """End those that ran out of time, with "timeout"."""
-        while self.seconds_left() == 0:
-            self.end(self.by_id[heapq.heappop(self._deadlines)[1]], "timeout")
+        if self.seconds_left() is None:
+            return
+        now = time.monotonic()
+        expired = [entry for entry in self._deadlines if entry[0] <= now and entry[1] in self.by_id]
+        for request_id in self._agree([request_id for _, request_id in sorted(expired)]):
+            self.end(self.by_id[request_id], "timeout")
 
     def bring_adapters(self, see_weights: Callable[[], object]) -> None:
         """Put the adapters that the next step needs into the model; requests end whose adapter is not there.
@@ -129,4 +137,4 @@ class LiveRequests:
         """Cancel them all, and let go of the pool."""
         for request in list(self.by_id.values()):
             self.end(request, "cancelled")
-        self._pool = None
+        self._pool, self._agree = None, list

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import deque
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class NewRequests:
         processor: of prompts with pictures; None for those that a processor has read.
         scheduler: that will run them.
         max_model_len: most tokens of prompt and completion together.
-        seeds: seeds requests without a seed.
+        seed: of the generator that seeds requests without a seed; None for one from the operating system.
         adapters: that requests choose; None for a backend without.
 
     Attributes:
@@ -56,7 +57,7 @@ class NewRequests:
         processor: object,
         scheduler: Scheduler,
         max_model_len: int,
-        seeds: np.random.Generator,
+        seed: int | None,
         adapters: ModelAdapters | None = None,
     ) -> None:
         self._backend = backend
@@ -64,7 +65,9 @@ class NewRequests:
         self._processor = processor
         self._scheduler = scheduler
         self._max_model_len = max_model_len
-        self._seeds = seeds
+        # Ranks of one model have one seed.
+        entropy = np.random.SeedSequence().entropy if seed is None else seed
+        self._seeds = np.random.default_rng(getattr(backend, "agree", _same)(entropy))
         self._adapters = adapters
         self._ids = itertools.count()
         self.eos = backend.eos | _eos_of(tokenizer)
@@ -181,3 +184,7 @@ class NewRequests:
 def _eos_of(tokenizer: Tokenizer | None) -> frozenset[int]:
     token = getattr(tokenizer, "eos_token_id", None)
     return frozenset() if token is None else frozenset([token])
+
+
+def _same(value: Any) -> Any:
+    return value

@@ -24,6 +24,7 @@ from toolkit.patching.adapters import (
     merged_adapters,
     without_adapters,
 )
+from toolkit.patching.sharding import check_unsplit
 from toolkit.quantised import quantised_weights
 
 
@@ -60,6 +61,7 @@ def export(
             not be written, a full disk, what the target cannot hold, or an export that its program does not run.
     """
     target = TARGETS.find("to", to)()
+    check_unsplit(model, "an export")
     _check_dense(model, target)
     wanted = target.format_of(model) if quantise is None else quantise
     job = ExportJob(model, tokenizer, chosen_format(target, wanted), None if imatrix is None else Path(imatrix))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.moe.dispatchers import LOCAL, Dispatcher, Exchange, LocalDispatcher
+from toolkit.moe.dispatchers import LOCAL, Dispatcher, Exchange, LocalDispatcher, ReplicatedTokensDispatcher
 from toolkit.moe.pipeline import pipelined_experts
 from toolkit.moe.weights import ExpertAdapters, ExpertWeights, Factors
+from toolkit.ops.collectives import gather_from_ranks, split_to_ranks
 from toolkit.ops.dispatch_plan import DispatchPlan
 from toolkit.ops.experts import experts
 from toolkit.ops.experts.rows import activate
@@ -39,7 +40,8 @@ def moe_forward(
         topk_weights: [T, K].
         weights: the experts of this rank.
         dispatcher: how rows reach the experts: ``LOCAL`` where this rank has all of them, or an
-            ``ExpertParallelDispatcher``. All ranks of the latter must call this, those without a token too.
+            ``ExpertParallelDispatcher``, or a ``ReplicatedTokensDispatcher`` where all ranks have the same tokens. All
+            ranks of the latter two must call this, those without a token too.
         adapters: low-rank adapters of the experts.
         post_norm: a norm of every expert's output [R, H], before it is weighted.
         recompute: save no tensors of R rows for the backward where they can be recomputed.
@@ -63,6 +65,11 @@ def moe_forward(
     if in_parts and not isinstance(dispatcher, LocalDispatcher):
         extra = "adapters" if adapters is not None else "a norm of their outputs"
         raise ToolkitError(f"Experts that are sharded over ranks cannot have {extra}.")
+    if isinstance(dispatcher, ReplicatedTokensDispatcher):
+        group = dispatcher.group
+        own_x, own_ids, own_weights = (split_to_ranks(one, 0, group) for one in (x, topk_ids, topk_weights))
+        of_own = moe_forward(own_x, own_ids, own_weights, weights, dispatcher.of_shares, recompute=recompute)
+        return gather_from_ranks(of_own, 0, len(x), group)
     dispatched = dispatcher.dispatch(topk_ids, weights.num_local_experts)
     if isinstance(dispatched, Exchange):
         return pipelined_experts(x, topk_weights, weights, dispatched, recompute)

@@ -27,7 +27,7 @@ from toolkit.patching.ragged_check import check_ragged
 from toolkit.patching.record import PatchRecord, pop_record, put_record, record_of
 from toolkit.patching.report import PatchReport
 from toolkit.patching.roles import FINDERS, wanted_roles
-from toolkit.patching.sharding import check_unsharded
+from toolkit.patching.sharding import check_unsharded, check_unsplit
 from toolkit.patching.weights import count_steps, leave_clock, make_room_for_clock
 from toolkit.state.rounding import AUTO, checked_kv_dtype
 
@@ -137,6 +137,7 @@ def patch(
         mode = record.report.numerics
         if kv_cache_dtype == before and (numerics is None or mode is Numerics.choose(numerics, device_of(model))):
             return record.report
+    check_unsplit(model, "another patch")
     unpatch(model)
     check_unsharded(model, "patching")
     count_steps(model)  # deferred logits notice writes by torch's counters
@@ -167,11 +168,12 @@ def unpatch(model: nn.Module) -> None:
     """Give every replaced module its own forward back. A model that is not patched stays as it is.
 
     Raises:
-        ToolkitError: somebody has put another forward over one of the patch's since.
+        ToolkitError: somebody has put another forward over one of the patch's since, or the model is split over ranks.
     """
     model = inner_model(model)
     record = record_of(model)
     if record is not None:
+        check_unsplit(model, "unpatching")
         over = [] if record.forwards is None else record.forwards.covered()
         if over:
             raise ToolkitError(f"{over[0]} before the patch.")

@@ -1,4 +1,4 @@
-"""Models whose parameters a framework shards over processes (ZeRO-3, FSDP2), and gathering them."""
+"""Models whose parameters are sharded over processes (ZeRO-3, FSDP2, tensor parallel), and gathering them."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from toolkit.errors import ToolkitError
+from toolkit.modules.tensor_parallel import group_of_forward
 from toolkit.patching.weights import weights_changed
 
 if TYPE_CHECKING:
@@ -31,8 +32,23 @@ def is_sharded(model: nn.Module | None) -> bool:
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
+def group_of(model: nn.Module) -> str | None:
+    """The name of the process group that a model is split over (``tensor_parallel``); None for a model that is not."""
+    return next((group for module in model.modules() if (group := group_of_forward(module)) is not None), None)
+
+
+def check_unsplit(model: nn.Module, purpose: str) -> None:
+    """Raise ToolkitError for a model that tensor parallel has split; it names the first such layer."""
+    split = next((path for path, module in model.named_modules() if group_of_forward(module) is not None), None)
+    if split is not None:
+        raise ToolkitError(
+            f"{split} must be gathered for {purpose}, got one that is split over ranks; use `with parallel.gathered():`"
+            " of what toolkit.tensor_parallel returned."
+        )
+
+
 def check_unsharded(model: nn.Module, purpose: str) -> None:
-    """Check that this process has all parameters of ``model``.
+    """Check that a framework has left this process all parameters of ``model``.
 
     Raises:
         ToolkitError: names the first sharded parameter.

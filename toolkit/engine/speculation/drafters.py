@@ -11,6 +11,7 @@ from toolkit.engine.speculation.prediction import PredictionDrafter
 from toolkit.engine.speculation.speculation import Speculation
 from toolkit.engine.speculation.suffix import SuffixDrafter
 from toolkit.engine.step.decode_graphs import CAPTURE_SIZES
+from toolkit.errors import ToolkitError
 from toolkit.state import StatePool
 
 
@@ -21,6 +22,8 @@ def new_speculation(
     chosen = config.speculation
     if chosen is None:
         return None
+    if getattr(backend, "group", None) is not None:  # how much is drafted goes by the time that it takes
+        raise ToolkitError("speculative_config must be None for a model that is split over ranks, got one.")
     drafter = _drafter(chosen, config, backend, pool, running, max_model_len)
     # Larger steps are not captured: next to those that are, a row more would cost far more than a row.
     return Speculation(chosen, drafter, backend.decode_size, min(config.max_num_batched_tokens, CAPTURE_SIZES[-1]))

@@ -6,9 +6,17 @@ from torch import Tensor
 
 from toolkit.moe.dispatchers.expert_parallel import Exchange, ExpertParallelDispatcher
 from toolkit.moe.dispatchers.local import LocalDispatcher
+from toolkit.moe.dispatchers.replicated_tokens import ReplicatedTokensDispatcher
 from toolkit.ops.dispatch_plan import DispatchPlan
 
-__all__ = ["LOCAL", "Dispatcher", "Exchange", "ExpertParallelDispatcher", "LocalDispatcher"]
+__all__ = [
+    "LOCAL",
+    "Dispatcher",
+    "Exchange",
+    "ExpertParallelDispatcher",
+    "LocalDispatcher",
+    "ReplicatedTokensDispatcher",
+]
 
 
 class Dispatcher(Protocol):

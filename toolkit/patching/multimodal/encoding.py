@@ -15,7 +15,7 @@ from toolkit.patching.multimodal.entry import Arrival, MediaEntry, arriving
 from toolkit.patching.multimodal.items import Item
 from toolkit.patching.probe import device_of
 from toolkit.patching.record import report_of
-from toolkit.patching.sharding import check_unsharded
+from toolkit.patching.sharding import check_unsharded, check_unsplit
 from toolkit.patching.without_media import asks_for_media
 from toolkit.state.media import Features
 
@@ -52,6 +52,7 @@ def encode_item(model: nn.Module, entry: MediaEntry, item: Item) -> Features:
         ToolkitError: the model's parameters are sharded, or its forward did not reach its text part.
     """
     check_unsharded(model, "encoding images")
+    check_unsplit(model, "encoding images")
     rows = torch.arange(item.tokens, device=device_of(model))
     arguments = {
         "input_ids": torch.full_like(rows, item.placeholder)[None],

@@ -71,7 +71,7 @@ class Strategy:
         self._sharded = sharded = shard_experts(ragged, layers, group, chunks=section.chunks, replicas=replicas)
         for parameter in sharded.parameters.values():
             if masters is not None and parameter in masters:
-                masters[parameter] = sharded.shard(masters[parameter])
+                masters[parameter] = sharded.shard(parameter, masters[parameter])
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, every process has the whole model, as after an optimizer step: for rollouts, evaluation and export.

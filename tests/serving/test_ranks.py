@@ -1,0 +1,100 @@
+"""``toolkit serve --tensor-parallel-size``: real processes, the first of which serves."""
+
+import json
+import os
+import signal
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import toolkit
+from tests.helpers.server_process import ServerProcess, serving
+from toolkit.cli import main
+from toolkit.testing.models import random_model, tiny_tokenizer
+
+pytestmark = pytest.mark.sweep
+
+PROMPT = [5, 6, 7, 8]
+OPTIONS = ("--port", "0", "--tensor-parallel-size", "2", "--max-model-len", "64", "--num-blocks", "16", "--grace", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("model") / "served"
+    random_model("qwen3").save_pretrained(made)
+    tiny_tokenizer().save_pretrained(made)
+    return made
+
+
+def complete(server: ServerProcess, **fields: Any) -> Any:
+    body = {"model": "served", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(body | fields).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=200) as response:
+        return json.load(response)["choices"]
+
+
+def others(server: ServerProcess) -> list[int]:
+    """Processes of the other ranks."""
+    listed = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+    return [int(one) for one in listed.split()]
+
+
+def has_ended(process: int) -> bool:
+    """Whether a process has ended; nobody may have asked for its status yet."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return True
+
+
+def test_several_ranks_serve_as_one_process_and_end_together(folder: Path) -> None:
+    model = random_model("qwen3")
+    toolkit.patch(model)
+    greedy = toolkit.SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    sampled = toolkit.SamplingParams(max_tokens=8, temperature=1.0, seed=3, n=3, ignore_eos=True)
+    with toolkit.Engine(model) as engine:
+        expected = engine.generate([PROMPT, PROMPT], [greedy, sampled])
+    with serving(folder, *OPTIONS) as server:
+        found = complete(server) + complete(server, temperature=1.0, seed=3, n=3)
+        ranks = others(server)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(200) == 0
+        assert len(ranks) == 1
+        assert all(map(has_ended, ranks))
+    assert [one["logprobs"]["token_logprobs"] for one in found] == [one.logprobs for one in expected]
+
+
+def test_a_rank_that_dies_ends_the_server_with_a_sentence(folder: Path) -> None:
+    with serving(folder, *OPTIONS) as server:
+        complete(server)
+        (rank,) = others(server)
+        os.kill(rank, signal.SIGKILL)
+        assert server.process.wait(200) == 1
+        server.errors_read()
+        assert f"rank 1 of tensor parallel (process {rank}) has ended with exit status -9." in "".join(server.errors)
+
+
+def test_ranks_end_when_the_first_one_dies(folder: Path) -> None:
+    with serving(folder, *OPTIONS) as server:
+        assert len(others(server)) == 1
+        server.process.kill()
+        server.process.wait()
+        server.errors_read()  # to the end: the other rank writes there too
+        assert "toolkit: rank 1 ends, since rank 0 has: " in "".join(server.errors)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["-tp", "0"], "--tensor-parallel-size must be >= 1, got 0."),
+        (["-tp", "2", "--device", "meta"], "--device must be cpu or cuda with --tensor-parallel-size, got meta."),
+        (["-tp", "2", "--train"], "--tensor-parallel-size must be 1 with --train, got 2."),
+    ],
+)
+def test_options_that_do_not_fit(options: list[str], why: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(folder), "--port", "0", *options]) == 2
+    assert f"toolkit: {why}" in capfd.readouterr().err

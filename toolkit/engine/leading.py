@@ -1,0 +1,136 @@
+"""One engine on every rank of a model that is split over them: the first rank's leads, the others' follow.
+
+A server has its requests on the first rank alone. Every call that changes its engine is sent to the others first, which
+make it too: same calls in the same order, same steps. What a call finds in a clock the ranks agree on themselves
+(``Backend.agree``).
+"""
+
+import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import wraps
+from typing import Any
+
+from toolkit.engine.engine import Engine
+from toolkit.errors import ToolkitError
+from toolkit.ops.collectives import send_object
+
+Call = tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, int]]
+"""A method, its arguments, and how far the leading engine had come before it."""
+
+
+def _everywhere(name: str) -> Any:
+    """The method ``name`` of ``Engine``, made on all ranks. What it calls itself every rank's engine calls itself."""
+    own = getattr(Engine, name)
+
+    @wraps(own)
+    def method(self: "LeadingEngine", *args: Any, **kwargs: Any) -> Any:
+        if self.lost is not None:
+            raise ToolkitError(self.lost)
+        if self._leads or self.is_closed:
+            return own(self, *args, **kwargs)
+        call = _pickled((name, args, kwargs, _progress(self)))
+        self._leads = True
+        try:
+            with self._guard():
+                send_object(call, self._control)
+                return own(self, *args, **kwargs)
+        finally:
+            self._leads = False
+
+    return method
+
+
+def _progress(engine: Engine) -> tuple[int, int]:
+    """Steps and tokens so far: equal on the ranks of one model."""
+    stats = engine.stats()
+    return int(stats["num_steps"]), int(stats["generation_tokens"])
+
+
+def _pickled(call: Call) -> bytes:
+    try:
+        return pickle.dumps(call)
+    except Exception as error:
+        raise ToolkitError(f"a request must be plain data to be sent to the other ranks, got {error}.") from None
+
+
+class LeadingEngine(Engine):
+    """The first rank's engine of a model that is split over ranks; the others run ``follow`` with an ``Engine``.
+
+    Args:
+        control: name of the process group by which calls are sent (gloo, which waits on sockets).
+        guard: entered around every call; it may say better what an error of a collective is.
+        args, kwargs: of ``Engine``, equal on all ranks.
+
+    Attributes:
+        lost: a sentence that says which rank has ended, which every call then raises; None while all are there.
+    """
+
+    def __init__(
+        self, *args: Any, control: str, guard: Callable[[], AbstractContextManager[None]] = nullcontext, **kwargs: Any
+    ) -> None:
+        self._leads, self._control, self._guard = False, control, guard
+        self.lost: str | None = None
+        super().__init__(*args, **kwargs)
+
+    generate = _everywhere("generate")
+    submit_batch = _everywhere("submit_batch")
+    cancel = _everywhere("cancel")
+    step = _everywhere("step")
+    take_deltas = _everywhere("take_deltas")
+    sleep = _everywhere("sleep")
+    wake = _everywhere("wake")
+    see_weights = _everywhere("see_weights")
+    reset_prefix_cache = _everywhere("reset_prefix_cache")
+
+    def close(self) -> None:
+        """Close the engines of all ranks; this one's where they have ended."""
+        if not self.is_closed and not self._leads and self.lost is None:
+            with suppress(RuntimeError):
+                send_object(_pickled(("close", (), {}, _progress(self))), self._control)
+        super().close()
+
+    def stream(self, *args: Any, **kwargs: Any) -> Any:
+        """Not of an engine of several ranks: ``submit`` and ``step``."""
+        raise ToolkitError("an engine of several ranks has no stream(); use submit() and step().")
+
+    def save_prefixes(self, *args: Any, **kwargs: Any) -> Any:
+        """Not of an engine of several ranks."""
+        raise ToolkitError("prefixes cannot be saved where a model is split over ranks, which have parts of them.")
+
+    def load_prefixes(self, *args: Any, **kwargs: Any) -> Any:
+        """Not of an engine of several ranks."""
+        raise ToolkitError("prefixes cannot be loaded where a model is split over ranks, which have parts of them.")
+
+
+def follow(engine: Engine, control: str) -> None:
+    """Make the calls of the first rank's engine until it is closed.
+
+    Args:
+        engine: of another rank.
+        control: as for ``LeadingEngine``.
+
+    Raises:
+        ToolkitError: the engines have come apart.
+        RuntimeError: the first rank has ended.
+    """
+    while not engine.is_closed:
+        name, args, kwargs, progress = pickle.loads(send_object(None, control))
+        if _progress(engine) != progress:
+            raise ToolkitError(
+                f"engines of all ranks must have made the same steps and tokens, got {_progress(engine)} here and "
+                f"{progress} on the first rank."
+            )
+        try:
+            getattr(engine, name)(*args, **kwargs)
+        except ToolkitError:  # the first rank's call raised it too, and says it
+            continue
+
+
+def check_threaded(engine: Any) -> None:
+    """Raise ToolkitError for what is no engine, or one whose calls, made by a thread, other ranks would not make."""
+    if not hasattr(engine, "step"):
+        raise ToolkitError(f"engine must be an Engine, got {type(engine).__name__}; make one with Engine(model).")
+    backend = getattr(engine, "backend", None)
+    if getattr(backend, "group", None) is not None and not isinstance(engine, LeadingEngine):
+        raise ToolkitError("engine must be a LeadingEngine for a model that is split over ranks, got an Engine.")
