@@ -40,6 +40,23 @@ def test_sft_of_trl_with_its_defaults():
     assert {note.key for note in found.notes} == {"packing"}
 
 
+def test_rewards_stops_and_tools_of_trl():
+    recipe, found = made(
+        {
+            **TRL, "reward_funcs": ["judges.is_right"], "reward_model_name_or_path": "org/judge-1.5b",
+            "reward_weights": [1.0, 0.5], "multi_objective_aggregation": "normalize_then_sum", "num_generations": 4,
+            "generation_kwargs": {"stop_strings": "</a>", "top_k": 5}, "tools": ["games.add"], "max_steps": 5,
+            "environment_factory": "games.Counter", "max_tool_calling_iterations": 2,
+        }
+    )  # fmt: skip
+    objective = recipe["objective"]
+    assert objective["reward_funcs"] == ["judges:is_right", "org/judge-1.5b"]
+    assert objective["multi_objective_aggregation"] == "normalize_then_sum"
+    assert (objective["rollout"]["stop"], objective["max_turns"]) == (["</a>"], 3)
+    assert (objective["tools"], objective["environment_factory"]) == (["games:add"], "games:Counter")
+    assert lost(found) == {"generation_kwargs"}
+
+
 def test_preferences_of_trl():
     recipe, found = made(
         {

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from tests.helpers.objective_recipes import objective_recipe
 from toolkit.errors import ToolkitError
 from toolkit.files import write_atomic
 from toolkit.strict_json import strict_json
+from toolkit.testing.models import tiny_tokenizer
 from toolkit.training.loop import Trainer, train
 from toolkit.training.losses import sum_of_normalised
 from toolkit.training.metrics import read_metrics
@@ -178,6 +180,63 @@ def test_a_function_that_takes_too_long_drops_its_completions() -> None:
 def test_errors_name_the_function(name: str, said: str) -> None:
     with pytest.raises(ToolkitError, match=f"^the reward function {name} {said if '.*' in said else re.escape(said)}"):
         rewards(name)
+
+
+def reward_model(folder: Path, labels: int = 1) -> Any:
+    """A folder with a random reward model, and transformers' own model of it."""
+    config = LlamaConfig(
+        vocab_size=331, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=512, num_labels=labels, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("messages", [False, pytest.param(True, marks=pytest.mark.sweep)])
+def test_a_reward_model_judges_beside_functions(tmp_path: Path, messages: bool) -> None:
+    """Its scores are those of transformers' forward of each sequence alone."""
+    model, tokenizer = reward_model(tmp_path / "judge")
+    names = [str(tmp_path / "judge"), f"{HERE}:length_of_all"]
+    recipe = line_recipe(tmp_path, {"reward_funcs": names, "reward_weights": [2.0, 0.0]}, train={"batch_tokens": 64})
+    if messages:
+        template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "judge")
+        lines = [{"prompt": [{"role": "user", "content": f"{at} :"}]} for at in range(12)]
+        write_atomic(tmp_path / "prompts.jsonl", "".join(strict_json(line) + "\n" for line in lines))
+        fields = recipe.objective.model_dump() | {"chat_template": template}
+        recipe = line_recipe(tmp_path / "of", fields | {"data_files": str(tmp_path / "prompts.jsonl")})
+    policy: Any = Trainer(recipe, quiet=True).objective
+    problems, groups = policy.roll_out(0, 3)
+    judged = policy.prompts.judge(problems, groups)
+    exact = []
+    for problem, group in zip(problems, groups):
+        for one in group:
+            prompt = policy.prompts.prompt(problem)
+            text = prompt + one.text if not messages else f"[user] {prompt[0]['content']}\n[assistant] {one.text}\n"
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            exact.append(model(input_ids=torch.tensor([ids])).logits.item())
+    assert len(exact) == 6
+    assert judged.by_function["judge"] == pytest.approx(exact, abs=1e-5)
+    assert [reward for group in judged.rewards for reward in group] == pytest.approx(
+        [2 * one for one in exact], abs=2e-5
+    )
+
+
+def test_what_is_no_reward_model(tmp_path: Path) -> None:
+    with pytest.raises(ToolkitError, match=r"^objective\.reward_funcs\[0\].*nowhere"):
+        load_reward_functions([str(tmp_path / "nowhere")])
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=331, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path / "causal")
+    with pytest.raises(
+        ToolkitError, match=r"reward_funcs\[0\] must be a function by module:function, or a model with one"
+    ):
+        load_reward_functions([str(tmp_path / "causal")])
 
 
 @pytest.mark.parametrize("name", ["tests.nowhere:f", f"{HERE}:nowhere", f"{HERE}:PROMPTS"])

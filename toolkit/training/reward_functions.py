@@ -3,18 +3,28 @@
 import asyncio
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.errors import ToolkitError, first_line
 from toolkit.training.background_loop import LOOP, is_async
+from toolkit.training.reward_models import RewardModelFunction
 from toolkit.training.tasks.base import call_checked, finite_reward, imported
 from toolkit.training.timed_call import TookTooLong, timed_call
 
+if TYPE_CHECKING:
+    import torch
+
+    from toolkit.config import Recipe
+
 RewardFunction = Callable[..., Any]
+IMPORTABLE = re.compile(r"[\w.]+:\w+")
+"""What names a function; anything else is a folder or repository of a reward model."""
 
 
 class Rewards(NamedTuple):
@@ -46,9 +56,16 @@ class Failures:
 
 
 def load_reward_functions(names: Sequence[str]) -> list[RewardFunction]:
-    """The functions of ``objective.reward_funcs``. Raises ToolkitError for one that cannot be imported or called."""
+    """The functions and reward models of ``objective.reward_funcs``.
+
+    Raises:
+        ToolkitError: one cannot be imported or called, or is no reward model.
+    """
     found: list[RewardFunction] = []
     for at, name in enumerate(names):
+        if not IMPORTABLE.fullmatch(name):
+            found.append(RewardModelFunction(name, f"objective.reward_funcs[{at}]"))
+            continue
         function = imported(name, f"objective.reward_funcs[{at}]", "a function")
         if not callable(function):
             raise ToolkitError(f"objective.reward_funcs[{at}] must be a function, got '{name}'.")
@@ -93,8 +110,8 @@ class RewardFunctions:
     def load(
         cls, names: Sequence[str], weights: Sequence[float] | None = None, timeout: float | None = None
     ) -> "RewardFunctions":
-        """Those of ``module:function``; short names, with the module where two are the same."""
-        short = [name.partition(":")[2] for name in names]
+        """Those of ``module:function``, and reward models; short names, with the module where two are the same."""
+        short = [name.partition(":")[2] if IMPORTABLE.fullmatch(name) else PurePath(name).name for name in names]
         labels = [one if short.count(one) == 1 else name for one, name in zip(short, names)]
         return cls(labels, load_reward_functions(names), weights, timeout)
 
@@ -138,6 +155,12 @@ class RewardFunctions:
             totals.append(sum(applies) if applies else math.nan)
         known = [[math.nan if value is None else value for value in values] for values in by_function]
         return Rewards(totals, known, failures)
+
+    def open_models(self, recipe: "Recipe", device: "torch.device") -> None:
+        """Load the reward models among the functions."""
+        for function in self.functions:
+            if isinstance(function, RewardModelFunction):
+                function.open(recipe, device)
 
     def take_logged(self) -> dict[str, list[float]]:
         """What functions gave to ``log_metric`` since the last call."""

@@ -47,8 +47,7 @@ def load_score_model(
         ToolkitError: no checkpoint, more than one score, or no class of transformers with such a head.
     """
     source = find_source(name_or_path, revision=revision, trust_remote_code=trust_remote_code, field=field)
-    names = _architectures(source)
-    if any(one.endswith("ForSequenceClassification") for one in names):
+    if is_score_model(source):
         found: PreTrainedModel = load_weights(source, dtype, runner="pooling")
         if found.config.num_labels != 1:
             raise ToolkitError(
@@ -64,6 +63,11 @@ def load_score_model(
     setattr(model, model.base_model_prefix, part)
     model.name_or_path = base.name_or_path
     return model  # type: ignore[no-any-return]
+
+
+def is_score_model(source: Any) -> bool:
+    """Whether a source is of transformers' sequence classification."""
+    return any(one.endswith("ForSequenceClassification") for one in _architectures(source))
 
 
 def _architectures(source: Any) -> Sequence[str]:

@@ -103,9 +103,10 @@ def _generation(t: Translation) -> None:
 
 
 def _rewards(t: Translation) -> None:
-    functions = t.take("reward_funcs")
-    if t.has("objective.reward_funcs") and functions:
-        names = [functions] if isinstance(functions, str) else list(functions)
+    functions, model = t.take("reward_funcs"), t.take("reward_model_name_or_path")
+    if t.has("objective.reward_funcs") and (functions or model):
+        names = [functions] if isinstance(functions, str) else list(functions or ())
+        names += [model] if model else []
         t.put("objective.reward_funcs", [_importable(name) for name in names])
         t.move("reward_weights", "objective.reward_weights")
         return
@@ -114,9 +115,11 @@ def _rewards(t: Translation) -> None:
 
 
 def _importable(name: str) -> str:
-    """``package.module.function`` as ``package.module:function``."""
+    """``package.module.function`` as ``package.module:function``; a reward model stays as it is."""
     if name in TRL_REWARDS:
         return f"trl.rewards:{name}"
+    if "/" in name:  # a reward model
+        return name
     module, dot, function = name.rpartition(".")
     return f"{module}:{function}" if dot and ":" not in name else name
 

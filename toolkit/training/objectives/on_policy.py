@@ -50,6 +50,8 @@ class OnPolicyObjective(Objective[P]):
         super().bind(context)
         set_chat_template(context.tokenizer, self.section.chat_template)
         self.prompts.bind(context.tokenizer)
+        if self.prompts.functions is not None:
+            self.prompts.functions.open_models(self.recipe, context.device)
         self.stream = self.prompts.stream(context.rank, context.world_size)
         self.rollout = Rollout(
             context,
