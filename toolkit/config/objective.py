@@ -240,8 +240,8 @@ class OnPolicySection(LinesSection):
 
     prompts: Count = 16
     """Prompts per step, over all processes."""
-    reward_funcs: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    """For lines: reward models, by folder or repository (one score a sequence; ``kind: reward`` trains them), and
+    reward_funcs: list[Annotated[str, Field(pattern=r"^([\w.]+:\w+|.*/.*)$")]] = Field(default_factory=list)
+    """For lines: reward models, by a path with a slash (one score a sequence; ``kind: reward`` trains them), and
     functions by ``module:function``, plain or asynchronous, with TRL's signature. They are called by name with
     ``prompts``, ``completions``, ``completion_ids`` and the lines' columns, an entry for each completion, beside
     ``trainer_state``, ``log_metric`` and ``log_extra``, and return a number for each, or None where they do not apply.

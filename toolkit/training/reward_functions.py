@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 RewardFunction = Callable[..., Any]
 IMPORTABLE = re.compile(r"[\w.]+:\w+")
-"""What names a function; anything else is a folder or repository of a reward model."""
+"""What names a function; anything else, with a slash, is a folder or repository of a reward model."""
 
 
 class Rewards(NamedTuple):
