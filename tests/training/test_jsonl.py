@@ -22,7 +22,8 @@ BAD: list[tuple[str, str]] = [
     ("null", "must be a JSON object, got null"),
     ('{"prompt": "a", "completion": null}', "got 'prompt' as a string and 'completion' as null"),
     ('{"prompt": 3, "completion": "b"}', "got 'prompt' as a number and 'completion' as a string"),
-    ('{"prompt": "a", "completion": []}', "got 'prompt' as a string and 'completion' as an array"),
+    ('{"prompt": [], "completion": "a"}', "got 'prompt' as an array and 'completion' as a string"),
+    ('{"prompt": "a", "completion": []}', "must have messages in 'completion', got none"),
     (
         '{"question": "a"}',
         "must be a JSON object with 'messages', or 'prompt' and 'completion', or 'text', got 'question'",

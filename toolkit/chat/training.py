@@ -89,7 +89,9 @@ class ChatTokenizer:
     def messages(
         self, messages: Messages, tools: Any = None, chat_template_kwargs: Mapping[str, Any] | None = None
     ) -> list[TrainingTokens]:
-        """A conversation: one example, or one per rewritten turn.
+        """A conversation: one example, or one per rewritten turn; none where no turn of the assistant is to be learnt.
+
+        A turn with ``train: false`` (Axolotl) or ``weight: 0`` (OpenAI) is not, where only the assistant's count.
 
         Raises:
             ToolkitError: messages are malformed, none is the assistant's, or the template does not take them.
@@ -167,6 +169,9 @@ class ChatTokenizer:
         if not turns:
             roles = ", ".join(sorted({repr(message.get("role")) for message in chat.messages[first:]}))
             raise ToolkitError(f"must have a message of role 'assistant', whose text is learnt, got {roles}.")
+        turns = [at for at in turns if _is_learnt(chat.messages[at])]
+        if not turns:
+            return []
         try:
             return self._apart(chat, turns)
         except ChatTemplateError:
@@ -322,3 +327,8 @@ class _Chat:
             except ChatTemplateError:
                 return 0
         return common_prefix(texts[0][: common_prefix(*texts)], whole)
+
+
+def _is_learnt(message: Mapping[str, Any]) -> bool:
+    """Whether a message's own fields let it count."""
+    return message.get("train", True) is not False and message.get("weight", 1) != 0

@@ -1,11 +1,15 @@
 """The formats of TRL's datasets as the fields of a line, and one form for each kind of training.
 
 A prompt and its completions are texts, or lists of messages. ``tools`` and ``chat_template_kwargs`` may stand beside
-messages. ``conversations`` with ``from`` and ``value`` (ShareGPT) read as ``messages`` with ``role`` and ``content``,
-``human`` and ``gpt`` as ``user`` and ``assistant``. ``instruction``, ``input`` (may be missing) and ``output``
-(Alpaca), and ``system`` beside them, read as ``prompt`` and ``completion``, both messages.
+messages. ``conversations`` with ``from`` and ``value`` (ShareGPT) read as ``messages`` with ``role`` and ``content``:
+``human`` and ``gpt`` are ``user`` and ``assistant``, ``function_call`` the assistant's ``tool_calls``, ``observation``
+is ``tool``. ``instruction``, ``input`` (may be missing) and ``output`` (Alpaca) read as ``prompt`` and ``completion``,
+both messages. ``system`` beside either comes first. A text ``prompt`` beside replies that are messages is the user's
+message, unless the replies begin with it; a reply may lack the list around it; ``messages`` beside ``chosen`` and
+``rejected`` are their prompt.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +23,11 @@ PREFERENCE_FORMATS: tuple[Format, ...] = (("prompt", "chosen", "rejected"), ("ch
 _ONLY: dict[str, type] = {"messages": list, "text": str}
 """Fields that are not texts or messages, whichever they like."""
 _NAMES = {"from": "role", "value": "content"}
-_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+_SIDES = ("completion", "chosen", "rejected")
 
 
 class Options(NamedTuple):
@@ -96,26 +104,61 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def _role_and_content(line: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The line with ``messages`` for ``conversations``, Alpaca's fields as messages, and those with ``role``."""
+    """The line with one spelling of what has several: messages with ``role`` in lists, under TRL's names."""
+    line = {**line}
     if all(isinstance(line.get(name), str) for name in ("instruction", "output")) and "prompt" not in line:
-        asked = "\n\n".join(filter(None, (line["instruction"], line.get("input"))))
-        system = [{"role": "system", "content": line["system"]}] if line.get("system") else []
-        completion = [{"role": "assistant", "content": line["output"]}]
-        line = {**line, "prompt": [*system, {"role": "user", "content": asked}], "completion": completion}
+        line["prompt"] = "\n\n".join(filter(None, (line["instruction"], line.get("input"))))
+        line["completion"] = [{"role": "assistant", "content": line["output"]}]
     if isinstance(line.get("conversations"), list) and "messages" not in line:
-        line = {"messages": line["conversations"], **line}
-    return {
-        field: [_renamed(message) if isinstance(message, dict) and "from" in message else message for message in value]
-        if isinstance(value, list)
-        else value
-        for field, value in line.items()
-    }
+        line["messages"] = _with_system(line["conversations"], line.get("system"))
+    for field in _SIDES:  # a reply without a list around it
+        if isinstance(line.get(field), dict):
+            line[field] = [line[field]]
+    if "chosen" in line and "prompt" not in line and isinstance(line.get("messages"), list):
+        line["prompt"] = line["messages"]
+    for field, value in line.items():
+        if isinstance(value, list):
+            line[field] = [_renamed(message) if isinstance(message, dict) else message for message in value]
+    sides = [line[field] for field in _SIDES if isinstance(line.get(field), list)]
+    if isinstance(line.get("prompt"), str) and sides:
+        if all(side and isinstance(side[0], dict) and side[0].get("role") != "assistant" for side in sides):
+            line.pop("prompt")  # the conversations begin with it
+        else:
+            line["prompt"] = _with_system([{"role": "user", "content": line["prompt"]}], line.get("system"))
+    return line
+
+
+def _with_system(messages: list[Any], system: Any) -> list[Any]:
+    """The messages behind that of a column ``system``, unless they begin with one."""
+    if not isinstance(system, str) or not system:
+        return messages
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    if "system" in (first.get("role"), first.get("from")):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _renamed(message: Mapping[str, Any]) -> dict[str, Any]:
+    if "from" not in message:
+        return dict(message)
     renamed = {_NAMES.get(key, key): value for key, value in message.items()}
     role = renamed.get("role")
+    if role == "function_call":
+        return renamed | {"role": "assistant"} | _calls(renamed.get("content"))
     return renamed | {"role": _ROLES.get(role, role) if isinstance(role, str) else role}
+
+
+def _calls(content: Any) -> dict[str, Any]:
+    """The tool calls that a text of JSON is; none where it is another text."""
+    try:
+        found = json.loads(content)
+    except (TypeError, ValueError):
+        return {}
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in calls):
+        return {}
+    functions = [{"name": one["name"], "arguments": one.get("arguments", {})} for one in calls]
+    return {"content": "", "tool_calls": [{"type": "function", "function": one} for one in functions]}
 
 
 def _check_messages(fields: Mapping[str, Any]) -> None:

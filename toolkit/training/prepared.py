@@ -13,6 +13,8 @@ from typing import Any
 from toolkit.errors import ToolkitError, first_line
 from toolkit.training.preparing import Outcome
 
+REVISION = 2
+"""Of what lines become; a change of it makes new files."""
 COMMIT_EVERY = 1000
 """Lines that a crash loses at most; they are tokenised again."""
 
@@ -96,7 +98,7 @@ def settings_of(tokenizer: Any, values: dict[str, Any]) -> str:
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    versions = [toolkit.__version__, transformers.__version__]
+    versions = [REVISION, toolkit.__version__, transformers.__version__]
     specials = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     named = [type(tokenizer).__name__, vocabulary, specials, tokenizer.chat_template]
     return json.dumps([versions, named, values], sort_keys=True, default=str)

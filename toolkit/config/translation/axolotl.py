@@ -214,7 +214,9 @@ def _columns(t: Translation, given: dict[str, Any]) -> dict[str, str]:
     mapping = given.pop("message_property_mappings", None)
     if mapping not in (None, {"role": "role", "content": "content"}, {"role": "from", "content": "value"}):
         t.lose("datasets.message_property_mappings", "messages have role and content, or from and value", mapping)
-    for key, neutral in (("roles_to_train", ["assistant"]), ("train_on_eos", "turn")):
+    for key, neutral in (
+        ("roles_to_train", ["assistant"]), ("train_on_eos", "turn"), ("message_field_training", "train"),
+    ):  # fmt: skip
         value = given.pop(key, None)
         if value not in (None, neutral) and not (key == "roles_to_train" and value == ["gpt"]):
             t.lose(f"datasets.{key}", "the assistant's turns count in the loss, each with its end", value)
