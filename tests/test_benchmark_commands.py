@@ -33,6 +33,7 @@ COMMANDS = {
     "quantised": "--threads 1 --repeats 1 --rows 1 --largest 400000",
     "low_precision": "--layers 1 --batch 1 --repeats 1 --sides int8 --dense-head",
     "qlora": "--layers 1 --length 16 --repeats 1 --curve-layers 1 --curve-steps 3 --curve-length 8",
+    "sizing": "--layers 1 2 --overlap-layers 1 --completion 4 --samples 4 --steps 1 --rows 2 --longest 8 --repeats 1",
     "ops": "--only bits linear head --seconds 0.01",
     "ops.attention": "--repeats 1",
 }

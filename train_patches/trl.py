@@ -43,7 +43,11 @@ _SUPPORTED_KWARGS = {
 
 
 def engine_rollout(
-    trainer: "GRPOTrainer | RLOOTrainer | DistillationTrainer", *, share: bool = True, **engine_args: Any
+    trainer: "GRPOTrainer | RLOOTrainer | DistillationTrainer",
+    *,
+    share: bool = True,
+    engine: Callable[..., Engine] = Engine,
+    **engine_args: Any,
 ) -> Engine:
     """The engine that ``trainer`` generates with from now on, on its own model, which is patched if it is not yet.
 
@@ -63,7 +67,8 @@ def engine_rollout(
     Args:
         share: compute the trainer's log-probabilities in a forward in which samples share their prompt; False keeps
             TRL's padded forward and its own head.
-        engine_args: arguments of ``toolkit.Engine``. ``seed`` defaults to the trainer's plus the rank.
+        engine: makes the engine, as ``Engine(model, **engine_args)`` does; ``infer_patches.ray.RayEngine`` is another.
+        engine_args: its arguments. ``seed`` defaults to the trainer's plus the rank.
 
     Raises:
         ToolkitError: a trainer of another class, another rollout (``use_vllm``,
@@ -80,7 +85,7 @@ def engine_rollout(
     engine_args = {"seed": own.args.seed + own.accelerator.process_index} | engine_args
     if _regex(own) is not None:
         engine_args = {"tokenizer": own.processing_class} | engine_args
-    rollout = Rollout(own, Engine(own.model, **engine_args), returns_logprobs, own._compute_loss)
+    rollout = Rollout(own, engine(own.model, **engine_args), returns_logprobs, own._compute_loss)
     own._generate_single_turn = rollout.generate
     own._compute_loss = rollout.compute_loss
     if hasattr(own, "_get_per_token_logps_and_entropies"):
@@ -334,7 +339,8 @@ class Rollout:
         lengths = [len(sequence) for sequence in sequences]
         given = [max(one, length) for one, length in zip(self._declared(kept, count), lengths, strict=True)]
         rotary = choose_rotary_lengths(model, lengths, given)
-        batch = RaggedBatch.from_sequences(sequences, self.engine.backend.device, rotary_lengths=rotary)
+        device = next(model.parameters()).device
+        batch = RaggedBatch.from_sequences(sequences, device, rotary_lengths=rotary)
         return predictions(model, batch, sequences, kept[:, -count:].sum(1).tolist(), read)
 
     def _runs_ragged(self, model: Any) -> bool:

@@ -101,6 +101,8 @@ class RolloutSection(Section):
     train the model's own probabilities, not those among the tokens that the form allows."""
     speculative_config: SpeculationSection | None = None
     """How tokens are drafted; null to draft none."""
+    engine: dict[str, Any] | None = None
+    """An engine elsewhere: ``name`` (``infer_patches.ray:RayEngine``) and its arguments; null is this process's."""
 
 
 class PromptSection(ObjectiveSection):

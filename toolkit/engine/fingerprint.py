@@ -1,12 +1,16 @@
 """By which numerics a process computes: what must be equal on both sides for logprobs to be bitwise identical."""
 
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import nn
 
 import toolkit
 from toolkit.engine.backend import Backend
 from toolkit.ops import native
+from toolkit.patching import report_of
 
 
 def numerics_fingerprint(backend: Backend) -> dict[str, str]:
@@ -41,6 +45,15 @@ def numerics_fingerprint(backend: Backend) -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "none"
     return found
+
+
+def model_fingerprint(model: nn.Module) -> dict[str, str] | None:
+    """``numerics_fingerprint`` of a patched model in this process; None for one that is not patched."""
+    report, parameter = report_of(model), next(model.parameters())
+    if report is None:
+        return None
+    seen: Any = SimpleNamespace(device=parameter.device, dtype=parameter.dtype, numerics=report.numerics)
+    return numerics_fingerprint(seen)
 
 
 def fingerprint_text(fingerprint: dict[str, str]) -> str:

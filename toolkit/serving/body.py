@@ -9,7 +9,7 @@ from toolkit.sentences import shown
 
 MAX_FIELDS = 128
 
-# Fields of OpenAI's and vLLM's that are not offered, each with the values that ask for nothing.
+# Fields of OpenAI's, vLLM's and SGLang's that are not offered, each with the values that ask for nothing.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "audio": (),
@@ -25,7 +25,11 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
+    "no_stop_trim": (False,),
     "prompt_embeds": (),
+    "return_hidden_states": (False,),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
     "suffix": ("",),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),

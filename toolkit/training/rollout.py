@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from toolkit.training.corpus import digest
 from toolkit.training.examples import Stream, check_misses
 from toolkit.training.objectives.base import RunContext
 from toolkit.training.prompts import Prompts
+from toolkit.training.tasks.base import imported
 
 BLOCK_SIZE = 16
 
@@ -62,19 +63,22 @@ class Rollout:
             section, longest = self._section, self._context.recipe.train.max_length
             drafts = section.speculative_config
             memory = section.memory_tokens or section.max_num_seqs * longest
-            self._engine = Engine(
-                self._context.model.model,
-                self._context.tokenizer,
-                max_num_seqs=section.max_num_seqs,
-                max_num_batched_tokens=max(2048, section.max_num_seqs),
-                max_model_len=longest,
-                block_size=BLOCK_SIZE,
-                num_blocks=max(math.ceil(memory / BLOCK_SIZE), math.ceil(longest / BLOCK_SIZE)),
-                enable_return_routed_experts=self._return_routed_experts,
-                enable_return_selected_keys=self._return_selected_keys,
-                speculative_config=None if drafts is None else drafts.model_dump(),
-                seed=0,
-            )
+            arguments: dict[str, Any] = {
+                "max_num_seqs": section.max_num_seqs,
+                "max_num_batched_tokens": max(2048, section.max_num_seqs),
+                "max_model_len": longest,
+                "block_size": BLOCK_SIZE,
+                "num_blocks": max(math.ceil(memory / BLOCK_SIZE), math.ceil(longest / BLOCK_SIZE)),
+                "enable_return_routed_experts": self._return_routed_experts,
+                "enable_return_selected_keys": self._return_selected_keys,
+                "speculative_config": None if drafts is None else drafts.model_dump(),
+                "seed": 0,
+            }
+            made = self._context.model.model, self._context.tokenizer
+            if section.engine is None:
+                self._engine = Engine(*made, **arguments)
+            else:
+                self._engine = _engine_elsewhere(section.engine)(*made, **arguments)
         return self._engine
 
     def generate(
@@ -108,6 +112,11 @@ class Rollout:
         self, prompts: Prompts, problems: Sequence[Any], seeds: Sequence[int], n: int, temperature: float | None = None
     ) -> list[list[Conversation]]:
         """``n`` conversations of each problem with the environment of ``prompts``; otherwise as ``generate``."""
+        if self._section.engine is not None:
+            name = self._section.engine.get("name")
+            raise ToolkitError(
+                f"objective.rollout.engine must be null with conversations of several turns, got {name!r}."
+            )
         begun = time.perf_counter()
         with self._context.gathered():
             if self._conversations is None:
@@ -147,8 +156,9 @@ class Rollout:
             )
 
     def note_blocks(self) -> None:
-        """Keep the engine's blocks of now for the step's details."""
-        self._context.details.add_blocks(self.engine)
+        """Keep the blocks of this process's engine for the step's details."""
+        if self._section.engine is None:
+            self._context.details.add_blocks(self.engine)
 
     @property
     def stopping(self) -> bool:
@@ -184,6 +194,21 @@ class Rollout:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+
+def _engine_elsewhere(fields: Mapping[str, Any]) -> Callable[..., Engine]:
+    """What makes the engine that ``fields["name"]`` names, with the other fields among its arguments."""
+    options = dict(fields)
+    name, field = options.pop("name", None), "objective.rollout.engine.name"
+    if not isinstance(name, str):
+        raise ToolkitError(f"{field} must be a class to import, such as infer_patches.ray:RayEngine, got {name!r}.")
+    kind = imported(name, field, "a class")
+
+    def made(*arguments: Any, **given: Any) -> Engine:
+        engine: Engine = kind(*arguments, **given | options)
+        return engine
+
+    return made
 
 
 def problems_that_fit(

@@ -4,13 +4,12 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from toolkit.engine.fingerprint import numerics_fingerprint
+from toolkit.engine.fingerprint import model_fingerprint
 from toolkit.errors import ToolkitError
 from toolkit.patching import patch, weight_version
 from toolkit.training.losses import divergence_estimate
@@ -96,9 +95,7 @@ def async_grpo_trainer(
         raise ToolkitError(
             f"model must have rotary tables that do not depend on the length of the sequence, got {model!r}."
         )
-    parameter = next(trainer.model.parameters())
-    seen: Any = SimpleNamespace(device=parameter.device, dtype=parameter.dtype, numerics=report.numerics)
-    transfer.numerics_fingerprint = numerics_fingerprint(seen)
+    transfer.numerics_fingerprint = model_fingerprint(trainer.model)
     forward = trainer.model.forward = TreeForward(trainer.model)
     rollout = AsyncRollout(trainer, forward, trainer.compute_loss)
     transfer.on_sent = rollout.sent

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import requests
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
+from toolkit.loading.weight_folders import WeightFolders
 
 if TYPE_CHECKING:
     from trl.experimental.async_grpo.vllm_client import VLLMClient
@@ -36,9 +36,9 @@ class ServedWeights(NamedTuple):
 class FolderWeightTransfer:
     """What AsyncGRPOTrainer takes as ``weight_transfer``: each update is a folder that the server reads.
 
-    A folder is written aside and renamed, so the server never reads half of one; the one before is removed once the
-    server has read the new one. All parameters of the model must be trained: TRL sends no others, and a folder without
-    them is refused. What a trainer that was killed left in the folder is removed by the next.
+    The server never reads half of a folder (``WeightFolders``); the one before is removed once it has read the new one.
+    All parameters of the model must be trained: TRL sends no others, and a folder without them is refused. What a
+    trainer that was killed left in the folder is removed by the next.
 
     Args:
         server: its address, or TRL's client of it.
@@ -62,12 +62,11 @@ class FolderWeightTransfer:
             from trl.experimental.async_grpo.vllm_client import VLLMClient
 
             server = VLLMClient(server)
-        self.client, self.folder = server, Path(folder).absolute()
+        self.client, self._folders = server, WeightFolders(folder)
         self.served: ServedWeights | None = None
         self.numerics_fingerprint = numerics_fingerprint
         self.on_sent: Callable[[int], None] | None = None
         self._timeout, self._server_timeout = weight_sync_timeout, server_timeout
-        self._number = 0
 
     def init_weight_transfer(self) -> None:
         """Wait for the server, and ask it whether it takes updates of this trainer.
@@ -80,8 +79,7 @@ class FolderWeightTransfer:
         if self.numerics_fingerprint is not None:
             info["numerics_fingerprint"] = dict(self.numerics_fingerprint)
         self._ask(self.client.init_weight_transfer_engine, info)
-        for left in (*self.folder.glob("update-*"), *self.folder.glob(".update-*")):
-            shutil.rmtree(left)
+        self._folders.remove_left()
 
     def pause(self) -> None:
         """Freeze what the server generates. Raises ToolkitError for a server without the weights of the last update."""
@@ -90,24 +88,12 @@ class FolderWeightTransfer:
 
     def send_weights(self, iterator: Iterator[tuple[str, Tensor]]) -> None:
         """Write the tensors to a new folder, and let the server read it."""
-        from huggingface_hub import save_torch_state_dict
-
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in iterator}
-        if not weights:
-            raise ToolkitError("send_weights must be given >= 1 tensors, got none.")
-        self._number += 1
-        final = self.folder / f"update-{self._number}"
-        aside = self.folder / f".update-{self._number}"
-        for old in (aside, final):
-            shutil.rmtree(old, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_torch_state_dict(weights, aside)
-        aside.rename(final)
+        final = self._folders.write(dict(iterator))
         self._ask(self.client.start_weight_update)
         self._ask(self.client.update_weights, {"weight_dir": str(final)}, timeout=self._timeout)
         self._ask(self.client.finish_weight_update)
         self.served = self._ask(self._now)
-        shutil.rmtree(self.folder / f"update-{self._number - 1}", ignore_errors=True)
+        self._folders.remove_previous()
         if self.on_sent is not None:
             self.on_sent(self.served.version)
 
@@ -117,7 +103,7 @@ class FolderWeightTransfer:
 
     def destroy(self) -> None:
         """Remove what is left of the folders."""
-        shutil.rmtree(self.folder / f"update-{self._number}", ignore_errors=True)
+        self._folders.remove_last()
 
     def check(self) -> None:
         """Raise ToolkitError where the server has not answered for ``server_timeout``, or has got other weights since.
