@@ -173,6 +173,8 @@ def test_errors_have_a_file_of_their_own(server):
 BAD_FILES = [
     ("", None, "empty_file"),
     ("{\n", 1, "invalid_json_line"),
+    ('{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"top_p": NaN}}', 1, "invalid_json_line"),
+    ('{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"n": 1e999}}', 1, "invalid_json_line"),
     ("\n\n[1]\n", 3, "invalid_json_line"),
     (text_of(line("a", {}), line("a", {})), 2, "duplicate_custom_id"),
     (text_of(line("a", {}, CHATS)), 1, "mismatched_url"),
@@ -288,6 +290,8 @@ def test_wrong_requests_are_one_sentence(server):
         error = http.post(path, **how)
         assert error.status_code in (400, 404), error.text
         assert message in error.json()["error"]["message"]
+    missing = http.get("/v1/batches", params={"after": "nowhere"})
+    assert (missing.status_code, missing.json()["error"]["param"]) == (404, "after")
     for path in ("/v1/files/nowhere", "/v1/files/nowhere/content", "/v1/batches/nowhere"):
         assert http.get(path).status_code == 404
     for limit in ("0", "²", "000000001" + "9" * 5000):

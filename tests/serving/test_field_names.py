@@ -156,6 +156,17 @@ def test_what_shows_while_tokens_come_is_a_400_without_a_class(web):
     assert "Error:" not in events
 
 
+def test_parameters_that_leave_no_token_are_the_client_s(web):
+    form, sampled = {"structured_outputs": {"choice": ["a"]}}, {"temperature": 1, "seed": 1}
+    check(
+        web, COMPLETIONS, {**form, **sampled, "bad_words": ["a"]}, "structured_outputs", "and bad_words leave no token"
+    )
+    asked = {"sampling_params": {**form, **sampled, "bad_words": ["a"]}}
+    check(
+        web, TOKENS, asked, "sampling_params.structured_outputs", "sampling_params.bad_words leave no token to sample"
+    )
+
+
 @pytest.mark.parametrize("choice", ["auto", "required"])
 def test_tools_that_are_nested_too_deep_are_about_tools(web, choice):
     function = {"name": "f", "parameters": {"type": "object", "properties": {"a": nested(300)}}}

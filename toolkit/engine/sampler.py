@@ -21,6 +21,7 @@ from toolkit.engine.adjustments import adjusted_logits
 from toolkit.engine.grammar.masks import GrammarMasks
 from toolkit.engine.logprobs import top_logprobs, upcast
 from toolkit.engine.order import first_largest
+from toolkit.engine.params import SamplingParams
 from toolkit.engine.request import Sequence
 from toolkit.engine.samplers import cut_tails, penalised_by_dry
 from toolkit.engine.step.sampling import EVERYTHING
@@ -200,7 +201,10 @@ class Sampler:
         logprob, lse = token_logprob(logits, ids)
         logprobs = logprob.tolist()
         sampling = [0.0] * len(sequences) if sampled is None else sampled.tolist()
-        errors = [failure or _error(value, other) for value, other, failure in zip(logprobs, sampling, failures)]
+        errors = [
+            failure or _error(one.params, value, other)
+            for one, value, other, failure in zip(sequences, logprobs, sampling, failures)
+        ]
         tops = [
             None if one.params.logprobs is None or not top else top_logprobs(logits[row], lse[row], one.params.logprobs)
             for row, one in enumerate(sequences)
@@ -242,7 +246,7 @@ class Sampler:
             if one.params.logprobs is not None:
                 own = upcast(logits[row])
                 top = top_logprobs(own, torch.tensor(lse, dtype=own.dtype, device=own.device), one.params.logprobs)
-            found.append((int(token), logprob, sampling, top, _error(logprob, sampling)))
+            found.append((int(token), logprob, sampling, top, _error(one.params, logprob, sampling)))
         return found
 
     def _masked(
@@ -268,7 +272,14 @@ def needs_host(sequence: Sequence) -> bool:
     return sequence.matcher is not None or (adjustments is not None and bool(adjustments.processors))
 
 
-def _error(logprob: float, sampling_logprob: float) -> str | None:
+_FORBID = ("structured_outputs", "allowed_token_ids", "bad_words", "logits_processors")
+"""Parameters that leave tokens out."""
+
+
+def _error(params: SamplingParams, logprob: float, sampling_logprob: float) -> str | None:
     if math.isfinite(logprob) and math.isfinite(sampling_logprob):
         return None
+    given = [name for name in _FORBID if getattr(params, name)]
+    if math.isfinite(logprob) and given:  # the model's own logits are finite
+        return f"{' and '.join(given)} leave no token to sample."
     return "the model's logits are not finite, or leave no token to sample."

@@ -11,31 +11,41 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from toolkit.engine.pooling import Pooled, PoolingInput, PoolingParams, PoolingQueue
 from toolkit.engine.pooling.texts import ScorePlan, read_inputs
 from toolkit.engine.prompts import check_num_sequences
-from toolkit.sentences import shown
 from toolkit.serving import text_routes
 from toolkit.serving.admin import routes as admin
 from toolkit.serving.anthropic.responses import error_body
 from toolkit.serving.base import Base, ServerConfig
 from toolkit.serving.batches import routes as batches
-from toolkit.serving.body import Body, one_or_several
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.field_names import naming
 from toolkit.serving.ollama.embed import add_embed
-from toolkit.serving.ollama.requests import OllamaEmbedRequest, OllamaShowRequest
-from toolkit.serving.openai.completion_request import MAX_PROMPTS, PromptKinds, prompt_list
-from toolkit.serving.openai.sampling import IGNORED
 from toolkit.serving.openapi import describe, responses, takes
 from toolkit.serving.page.routes import add_docs, add_page
 from toolkit.serving.parsing import parse
+from toolkit.serving.pooling_bodies import (
+    BODIES,
+    ClassifyRequest,
+    ClassList,
+    EmbeddingList,
+    EmbeddingRequest,
+    InputsBody,
+    Model,
+    PoolingBody,
+    PoolingList,
+    PoolingRequest,
+    RerankRequest,
+    RerankResponse,
+    ScoreList,
+    ScoreRequest,
+)
 from toolkit.serving.text_routes import add_text_routes
 from toolkit.serving.texts import Texts
 from toolkit.strict_json import strict_json
@@ -48,173 +58,7 @@ GENERATING_PATHS = (
     "/api/generate",
 )  # fmt: skip
 POOLS = "The served model gives embeddings, scores or classes; serve a model that generates for completions."
-Model = type[BaseModel]
 Write = Callable[[int, Tensor], Json]
-_Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-
-
-class _Pooling(Body):
-    """What all bodies have."""
-
-    ignored: ClassVar[tuple[str, ...]] = (*IGNORED, "priority")
-    model: str | None = None
-    truncate_prompt_tokens: int | None = Field(None, ge=-1)
-    use_activation: bool | None = None
-
-    def params(self, **given: Any) -> PoolingParams:
-        """What the engine is asked for."""
-        return PoolingParams(
-            truncate_prompt_tokens=self.truncate_prompt_tokens, use_activation=self.use_activation, **given
-        )
-
-
-class _Inputs(_Pooling):
-    """``input`` is kept as a list of texts or of token id lists."""
-
-    input: list[str] | list[list[int]]
-
-    @field_validator("input", mode="before", json_schema_input_type=PromptKinds)
-    @classmethod
-    def _inputs(cls, given: Any) -> Any:
-        return prompt_list(given, "input")
-
-
-class EmbeddingRequest(_Inputs):
-    """The body of ``POST /v1/embeddings``."""
-
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1)
-    normalize: bool | None = None
-
-
-class PoolingRequest(EmbeddingRequest):
-    """The body of ``POST /pooling``."""
-
-    task: Literal["embed", "token_embed", "classify", "token_classify"] | None = None
-
-
-class ClassifyRequest(_Inputs):
-    """The body of ``POST /classify``."""
-
-
-class ScoreRequest(_Pooling):
-    """The body of ``POST /v1/score``: one text and others, or pairs."""
-
-    text_1: _Texts
-    text_2: _Texts
-
-    @field_validator("text_1", "text_2", mode="before", json_schema_input_type=str | _Texts)
-    @classmethod
-    def _one_text_is_a_list_of_one(cls, given: Any, info: ValidationInfo) -> Any:
-        return one_or_several(str(info.field_name), given)
-
-
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Document(_Schema):
-    """A document as an object."""
-
-    text: str
-
-
-class RerankRequest(_Pooling):
-    """The body of ``POST /v1/rerank``; documents are kept as texts."""
-
-    query: str
-    documents: list[str] = Field(min_length=1, max_length=MAX_PROMPTS)
-    top_n: int | None = Field(None, ge=0)
-    return_documents: bool = True
-
-    @field_validator("documents", mode="before", json_schema_input_type=list[str | Document])
-    @classmethod
-    def _texts(cls, given: Any) -> Any:
-        if not isinstance(given, list):
-            raise ValueError(f"'documents' must be a list of texts, got {shown(given)}.")
-        return [one["text"] if isinstance(one, dict) and set(one) == {"text"} else one for one in given]
-
-    @property
-    def field_names(self) -> dict[str, str]:
-        """What this body calls the texts of a score."""
-        return {"text_1": "query", "text_2": "documents"}
-
-
-BODIES: tuple[Model, ...] = (
-    EmbeddingRequest, PoolingRequest, ClassifyRequest, ScoreRequest, RerankRequest, OllamaEmbedRequest,
-    OllamaShowRequest,
-)  # fmt: skip
-
-
-class PoolingUsage(_Schema):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingData(_Schema):
-    index: int
-    object: Literal["embedding"]
-    embedding: list[float] | str
-
-
-class ScoreData(_Schema):
-    index: int
-    object: Literal["score"]
-    score: float
-
-
-class ClassData(_Schema):
-    index: int
-    label: str
-    probs: list[float]
-    num_classes: int
-
-
-class PoolingData(_Schema):
-    index: int
-    object: Literal["pooling"]
-    data: list[float] | list[list[float]] | str
-
-
-class _List(_Schema):
-    id: str
-    object: Literal["list"]
-    created: int
-    model: str
-    usage: PoolingUsage
-
-
-class EmbeddingList(_List):
-    data: list[EmbeddingData]
-
-
-class ScoreList(_List):
-    data: list[ScoreData]
-
-
-class ClassList(_List):
-    data: list[ClassData]
-
-
-class PoolingList(_List):
-    data: list[PoolingData]
-
-
-class RerankResult(_Schema):
-    index: int
-    relevance_score: float
-    document: Document | None = None
-
-
-class RerankUsage(_Schema):
-    total_tokens: int
-
-
-class RerankResponse(_Schema):
-    id: str
-    model: str
-    usage: RerankUsage
-    results: list[RerankResult]
 
 
 @dataclass(frozen=True)
@@ -245,7 +89,7 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
         used = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {**head, "model": base.names[0], "data": data, "usage": used}
 
-    def of_inputs(asked: _Inputs, params: PoolingParams, write: Write, prefix: str) -> _Asked:
+    def of_inputs(asked: InputsBody, params: PoolingParams, write: Write, prefix: str) -> _Asked:
         base.check_model(asked.model)
         engine.check(params)
         check_num_sequences(len(asked.input), queue.max_queued_seqs)
@@ -285,7 +129,7 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
 
         return of_inputs(asked, asked.params(task="classify"), write, "classify")
 
-    def plan(asked: _Pooling, first: str | list[str], second: str | list[str]) -> ScorePlan:
+    def plan(asked: PoolingBody, first: str | list[str], second: str | list[str]) -> ScorePlan:
         base.check_model(asked.model)
         check_num_sequences(1 if isinstance(second, str) else len(second), queue.max_queued_seqs)
         with one_at_a_time, naming(asked.field_names):

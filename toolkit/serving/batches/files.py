@@ -40,10 +40,10 @@ class Records(Generic[Record]):
     def __iter__(self) -> Iterator[Record]:
         return iter(self._of.values())
 
-    def get(self, identity: str) -> Record:
-        """The object of an id. Raises RequestError where there is none."""
+    def get(self, identity: str, field: str | None = None) -> Record:
+        """The object of an id, which a ``field`` of the request has. Raises RequestError where there is none."""
         if identity not in self._of:
-            raise RequestError(f"There is no {self._name} {shown(identity)}.", status=404)
+            raise RequestError(f"There is no {self._name} {shown(identity)}.", field, status=404)
         return self._of[identity]
 
     def put(self, identity: str, record: Record) -> None:
@@ -66,7 +66,7 @@ class Records(Generic[Record]):
         order = order[::-1] if newest_first else order
         first = 0
         if after is not None:
-            self.get(after)
+            self.get(after, "after")
             first = order.index(after) + 1
         return [self._of[one] for one in order[first : first + limit]], len(order) > first + limit
 

@@ -65,7 +65,7 @@ class Jobs:
 
         Raises RequestError for a file that is not there, or is no batch's.
         """
-        about = self.files.records.get(input_file_id)
+        about = self.files.records.get(input_file_id, "input_file_id")
         if about.purpose != "batch":
             message = f"'input_file_id' must be a file with the purpose 'batch', got one with {about.purpose!r}."
             raise RequestError(message, "input_file_id")

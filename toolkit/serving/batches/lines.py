@@ -106,6 +106,11 @@ def _line(raw: bytes, number: int, endpoints: Collection[str]) -> Line | LineErr
         given = json.loads(raw)
     except (ValueError, RecursionError) as error:
         return wrong(f"A line must be JSON, got what is not ({str(error).splitlines()[0]}).", code="invalid_json_line")
+    try:
+        json.dumps(given, allow_nan=False)
+    except (ValueError, RecursionError):
+        message = "A line must have finite numbers, and objects that are not nested too deep."
+        return wrong(message, code="invalid_json_line")
     if not isinstance(given, dict):
         return wrong(f"A line must be a JSON object, got {shown(given)}.", code="invalid_json_line")
     unknown = next((name for name in given if name not in _FIELDS), None)
