@@ -30,11 +30,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def complete(server: ServerProcess, **fields: Any) -> Any:
     body = {"model": "served", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 0, "ignore_eos": True}
+    return post(server, "/v1/completions", body | fields)["choices"]
+
+
+def post(server: ServerProcess, path: str, body: Any) -> Any:
     request = urllib.request.Request(
-        f"{server.url}/v1/completions", json.dumps(body | fields).encode(), {"content-type": "application/json"}
+        f"{server.url}{path}", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=200) as response:
-        return json.load(response)["choices"]
+        return json.load(response)
 
 
 def others(server: ServerProcess) -> list[int]:
@@ -51,21 +55,33 @@ def has_ended(process: int) -> bool:
         return True
 
 
-def test_several_ranks_serve_as_one_process_and_end_together(folder: Path) -> None:
+def test_several_ranks_serve_as_one_process_and_end_together(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "trained"
     model = random_model("qwen3")
     toolkit.patch(model)
     greedy = toolkit.SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     sampled = toolkit.SamplingParams(max_tokens=8, temperature=1.0, seed=3, n=3, ignore_eos=True)
     with toolkit.Engine(model) as engine:
         expected = engine.generate([PROMPT, PROMPT], [greedy, sampled])
-    with serving(folder, *OPTIONS) as server:
+        trained = random_model("qwen3", seed=1)
+        trained.save_pretrained(other)
+        model.load_state_dict(trained.state_dict())
+        anew = engine.generate([PROMPT], greedy)
+    with serving(folder, *OPTIONS, "--enable-admin-endpoints") as server:
         found = complete(server) + complete(server, temperature=1.0, seed=3, n=3)
         ranks = others(server)
+        with urllib.request.urlopen(f"{server.url}/get_world_size", timeout=200) as response:
+            assert json.load(response) == {"world_size": 2}
+        updated = post(server, "/update_weights", {"weight_dir": str(other)})
+        after = complete(server)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(200) == 0
+        assert updated["weight_version"] > 0
         assert len(ranks) == 1
         assert all(map(has_ended, ranks))
     assert [one["logprobs"]["token_logprobs"] for one in found] == [one.logprobs for one in expected]
+    assert after[0]["logprobs"]["token_logprobs"] == anew[0].logprobs
+    assert anew[0].logprobs != expected[0].logprobs
 
 
 def test_a_rank_that_dies_ends_the_server_with_a_sentence(folder: Path) -> None:

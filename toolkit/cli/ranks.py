@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.errors import ToolkitError, first_line
 
 if TYPE_CHECKING:
-    from toolkit.engine import Engine
+    from toolkit.engine.leading import RankEngine
 
 _RANK, _STORE = "TOOLKIT_TENSOR_PARALLEL_RANK", "TOOLKIT_TENSOR_PARALLEL_STORE"
 _START = timedelta(minutes=10)
@@ -87,10 +87,9 @@ class Ranks:
         """This rank's device where the user asked for this one."""
         return f"cuda:{self.rank}" if self._on_cuda else asked
 
-    def engine(self, model: Any, tokenizer: Any, options: dict[str, Any]) -> "Engine":
+    def engine(self, model: Any, tokenizer: Any, options: dict[str, Any]) -> "RankEngine":
         """The engine of this rank, whose model is split."""
-        from toolkit.engine import Engine
-        from toolkit.engine.leading import LeadingEngine
+        from toolkit.engine.leading import LeadingEngine, RankEngine
         from toolkit.patching import patch
         from toolkit.patching.tensor_parallel import tensor_parallel
 
@@ -100,9 +99,9 @@ class Ranks:
             tensor_parallel(model, self._group)
             if self.rank == 0:
                 return LeadingEngine(model, tokenizer, control=self._control, guard=self.lost_ranks_named, **options)
-            return Engine(model, tokenizer, **options)
+            return RankEngine(model, tokenizer, **options)
 
-    def follow(self, engine: "Engine") -> int:
+    def follow(self, engine: "RankEngine") -> int:
         """Make the first rank's calls until its engine is closed; the exit status."""
         from toolkit.engine.leading import follow
 

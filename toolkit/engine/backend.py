@@ -13,7 +13,7 @@ from toolkit.engine.step.decode_graphs import DecodeGraphs, padded_size
 from toolkit.engine.step.sampling import StepSampling
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
-from toolkit.ops.collectives import gather_objects
+from toolkit.ops.collectives import gather_objects, num_ranks
 from toolkit.ops.executor import step_threads
 from toolkit.patching import patch, report_of
 from toolkit.patching.adapters import (
@@ -164,6 +164,11 @@ class PatchedModel:
             raise ToolkitError(f"the model must be {was}, as when its engine was made, got one that is {now}.")
         if self.group is not None and adapter_layers(self.model):
             raise ToolkitError("a model that is split over ranks must have no adapters for generating, got some.")
+
+    @property
+    def ranks(self) -> int:
+        """Processes that the model is split over."""
+        return 1 if self.group is None else num_ranks(self.group)
 
     def agree(self, value: Any) -> Any:
         """``value``, of a model that is split over ranks the first rank's; all of them must call this."""

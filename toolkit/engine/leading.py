@@ -6,22 +6,37 @@ make it too: same calls in the same order, same steps. What a call finds in a cl
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import wraps
 from typing import Any
 
+from torch import Tensor
+
 from toolkit.engine.engine import Engine
 from toolkit.errors import ToolkitError
 from toolkit.ops.collectives import send_object
+from toolkit.patching.tensor_parallel import parallel_of
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, int]]
 """A method, its arguments, and how far the leading engine had come before it."""
 
 
+class RankEngine(Engine):
+    """An engine of one rank of a model that is split over ranks."""
+
+    def write_weights(self, weights: Mapping[str, Tensor]) -> int:
+        """The weight version after this rank's shard of whole ``weights`` is written into the model."""
+        backend: Any = self.backend
+        parallel = parallel_of(backend.model)
+        assert parallel is not None
+        parallel.load_state_dict(weights)
+        return self.see_weights()
+
+
 def _everywhere(name: str) -> Any:
     """The method ``name`` of ``Engine``, made on all ranks. What it calls itself every rank's engine calls itself."""
-    own = getattr(Engine, name)
+    own = getattr(RankEngine, name)
 
     @wraps(own)
     def method(self: "LeadingEngine", *args: Any, **kwargs: Any) -> Any:
@@ -54,8 +69,8 @@ def _pickled(call: Call) -> bytes:
         raise ToolkitError(f"a request must be plain data to be sent to the other ranks, got {error}.") from None
 
 
-class LeadingEngine(Engine):
-    """The first rank's engine of a model that is split over ranks; the others run ``follow`` with an ``Engine``.
+class LeadingEngine(RankEngine):
+    """The first rank's engine of a model that is split over ranks; the others run ``follow`` with a ``RankEngine``.
 
     Args:
         control: name of the process group by which calls are sent (gloo, which waits on sockets).
@@ -81,6 +96,7 @@ class LeadingEngine(Engine):
     sleep = _everywhere("sleep")
     wake = _everywhere("wake")
     see_weights = _everywhere("see_weights")
+    write_weights = _everywhere("write_weights")
     reset_prefix_cache = _everywhere("reset_prefix_cache")
 
     def close(self) -> None:
@@ -103,7 +119,7 @@ class LeadingEngine(Engine):
         raise ToolkitError("prefixes cannot be loaded where a model is split over ranks, which have parts of them.")
 
 
-def follow(engine: Engine, control: str) -> None:
+def follow(engine: RankEngine, control: str) -> None:
     """Make the calls of the first rank's engine until it is closed.
 
     Args:

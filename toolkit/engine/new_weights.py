@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.engine.async_engine import AsyncEngine
+from toolkit.engine.leading import LeadingEngine
 from toolkit.engine.pooling.queue import PoolingQueue
 from toolkit.errors import ToolkitError
+from toolkit.patching.tensor_parallel import WHOLE_SHAPES
 
 
 def _own_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
@@ -32,6 +34,7 @@ def check_new_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Names are those without adapters.
     """
     state = {name: tensor for name, (_, tensor) in _own_tensors(model).items()}
+    split: dict[str, list[int]] = getattr(model, WHOLE_SHAPES, {})
     for name in state:
         if name not in weights:
             raise ToolkitError(f"the new weights must have {name}, which they lack.")
@@ -39,8 +42,9 @@ def check_new_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if name not in state:
             raise ToolkitError(f"the new weights must have tensors of the served model only, got {name}.")
         there = state[name]
-        if tensor.shape != there.shape:
-            raise ToolkitError(f"{name} must have the shape {list(there.shape)}, got {list(tensor.shape)}.")
+        wanted = split.get(name, list(there.shape))  # over all ranks
+        if list(tensor.shape) != wanted:
+            raise ToolkitError(f"{name} must have the shape {wanted}, got {list(tensor.shape)}.")
         if tensor.is_floating_point() != there.is_floating_point() or tensor.is_complex() != there.is_complex():
             raise ToolkitError(f"{name} must have the dtype {there.dtype}, got {tensor.dtype}.")
 
@@ -55,6 +59,10 @@ def write_new_weights(engine: AsyncEngine | PoolingQueue, model: nn.Module, weig
         ToolkitError: for weights that do not fit; nothing is written then.
     """
     check_new_weights(model, weights)
+    leading = engine.engine
+    if isinstance(leading, LeadingEngine):
+        version: int = engine.call(lambda: leading.write_weights(dict(weights)))
+        return version
     names = {name: inner for name, (inner, _) in _own_tensors(model).items()}
     with engine.pause(), torch.no_grad():
         model.load_state_dict({names[name]: tensor for name, tensor in weights.items()}, strict=False)

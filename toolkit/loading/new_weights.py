@@ -65,13 +65,14 @@ def _check_tensors(folder: Path, model: "nn.Module", field: str) -> None:
 
     Checkpoints may hold tensors under other names than the model's; those are compared when they are converted.
     """
-    state = model.state_dict()
+    state, split = model.state_dict(), getattr(model, "_toolkit_whole_shapes", {})
     for name, (dtype, shape) in tensor_headers(folder).items():
         there = state.get(name)
         if there is None:
             continue
-        if shape != tuple(there.shape):
-            raise ToolkitError(f"{field} must have {name} of the shape {list(there.shape)}, got {list(shape)}.")
+        wanted = split.get(name, list(there.shape))  # over all ranks
+        if list(shape) != wanted:
+            raise ToolkitError(f"{field} must have {name} of the shape {wanted}, got {list(shape)}.")
         if there.is_floating_point() and dtype not in _FLOATS:
             raise ToolkitError(f"{field} must have {name} of a dtype among {', '.join(_FLOATS)}, got {dtype}.")
 

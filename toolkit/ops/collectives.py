@@ -30,6 +30,11 @@ def group_of(name: str) -> dist.ProcessGroup:
     return found
 
 
+def num_ranks(name: str) -> int:
+    """The number of ranks of a group."""
+    return dist.get_world_size(group_of(name))
+
+
 def _join(parts: Tensor, mine: Tensor, ranks: dist.ProcessGroup) -> None:
     """Fill ``parts`` [W n] with every rank's ``mine`` [n]."""
     join: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # by which name torch has it

@@ -25,6 +25,7 @@ from toolkit.moe.sharding import DISPATCHER
 from toolkit.numerics import Numerics
 from toolkit.ops.collectives import gather_from_ranks, gather_objects, reduce_from_ranks, share
 from toolkit.patching.adapters import inner_model
+from toolkit.patching.attached import attach, attached, detach
 from toolkit.patching.claim import Undo, replace_forward, undo_all
 from toolkit.patching.instance_forward import InstalledForwards
 from toolkit.patching.record import put_record, record_of
@@ -32,7 +33,7 @@ from toolkit.patching.sharding import check_unsharded, check_unsplit
 from toolkit.patching.tensor_parallel.check import check_equal, difference, look
 from toolkit.patching.tensor_parallel.plan import COLUMN, Plan, plan_of
 
-__all__ = ["TensorParallel", "tensor_parallel"]
+__all__ = ["WHOLE_SHAPES", "TensorParallel", "parallel_of", "tensor_parallel"]
 
 
 class _Split(NamedTuple):
@@ -138,6 +139,9 @@ class TensorParallel(ShardedParameters):
         for module in self._plan.experts:
             setattr(module, DISPATCHER, self._dispatcher)
         model.__dict__[_SAVE] = partial(_refuse_to_save, type(model).__name__)
+        own = model.named_parameters(remove_duplicate=False)
+        model.__dict__[WHOLE_SHAPES] = {name: self.whole_shape(parameter) for name, parameter in own}
+        attach(model, _PARALLEL, self)
         self._undo = tuple(undo)
         self._note_forwards(model)
 
@@ -154,6 +158,8 @@ class TensorParallel(ShardedParameters):
         for module in self._plan.experts:
             delattr(module, DISPATCHER)
         model.__dict__.pop(_SAVE, None)
+        del model.__dict__[WHOLE_SHAPES]
+        detach(model, _PARALLEL)
         self._note_forwards(model)
 
     @staticmethod
@@ -180,7 +186,15 @@ class TensorParallel(ShardedParameters):
         return reduce_from_ranks(value, self.ranks.group_name)
 
 
-_SAVE = "save_pretrained"
+_SAVE, _PARALLEL = "save_pretrained", "_toolkit_tensor_parallel"
+WHOLE_SHAPES = "_toolkit_whole_shapes"
+"""The attribute of a split model that has the shapes of its parameters over all ranks, by name."""
+
+
+def parallel_of(model: nn.Module) -> TensorParallel | None:
+    """What ``tensor_parallel`` returned for a model that is split; None for one that is whole."""
+    found: TensorParallel | None = attached(model, _PARALLEL)
+    return found
 
 
 def _refuse_to_save(name: str, *args: Any, **kwargs: Any) -> None:

@@ -34,15 +34,20 @@ def vllm_config(base: Base) -> Json:
             "max_num_batched_tokens": engine.config.max_num_batched_tokens,
         },
         "parallel_config": {
-            "tensor_parallel_size": 1,
+            "tensor_parallel_size": _ranks(engine),
             "pipeline_parallel_size": 1,
             "data_parallel_size": 1,
-            "world_size": 1,
+            "world_size": _ranks(engine),
         },
         "speculative_config": _speculative_config(engine.config.speculative_config),
         "lora_config": _lora_config(base),
         "weight_transfer_config": None,
     }
+
+
+def _ranks(engine: Engine | PoolingEngine) -> int:
+    """Processes that the model is split over."""
+    return int(getattr(engine.backend, "ranks", 1))
 
 
 def _cache_config(engine: Engine) -> Json:
@@ -95,7 +100,7 @@ def add_info(base: Base, guarded: list[params.Depends]) -> None:
     )
     async def world_size(request: Request) -> Json:
         parse_query(schemas.WorldQuery, request)
-        return {"world_size": 1}
+        return {"world_size": _ranks(engine.engine)}
 
     @app.get("/get_model_info", dependencies=base.guarded, responses=responses(schemas.ModelInfo))
     async def model_info() -> Json:

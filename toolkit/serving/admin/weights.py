@@ -55,8 +55,6 @@ class WeightUpdates:
         model = getattr(self._engine.engine.backend, "model", None)
         if self._read is None or model is None:
             raise RequestError("This server reads no weights; start it with toolkit serve.", status=501)
-        if getattr(self._engine.engine.backend, "group", None) is not None:
-            raise RequestError("A server of several ranks reads no weights; restart it with the new ones.", status=501)
         return write_new_weights(self._engine, model, self._read(folder, model, field))
 
 
