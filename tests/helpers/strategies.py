@@ -1,5 +1,6 @@
 """Recipes that are trained by one process, and by two under every strategy of ``train.distributed``."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ MOE = {
     "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
     "max_position_embeddings": 32,
 }  # fmt: skip
+OWN_FILE = {
+    "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "cpu"}},
+}  # fmt: skip
+"""Of a user of DeepSpeed, as transformers' ``Trainer`` takes it."""
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-CASES = ("dense", "moe", "bf16", "sft", "dpo", "kto", "reward", "grpo", "lora")
-RESUMED = ("dense", "moe", "bf16", "grpo", "lora")
+CASES = ("dense", "moe", "bf16", "offload", "sft", "dpo", "kto", "reward", "grpo", "lora")
+RESUMED = ("dense", "moe", "bf16", "offload", "grpo", "lora")
 """Cases that are resumed from the middle."""
 
 
@@ -28,13 +34,18 @@ def case(name: str, folder: Path, strategy: str, processes: int) -> Recipe:
     """A recipe whose steps see the same examples for any number of processes; ``folder``/text is a corpus."""
     own: dict[str, Any] = {"run_name": f"{name}-{strategy}-{processes}", "checkpoint": {"save_steps": None}}
     train: dict[str, Any] = {"distributed": strategy}
-    if name in ("dense", "moe", "bf16"):
+    if name in ("dense", "moe", "bf16", "offload"):
         own["checkpoint"] = {"save_steps": STEPS // 2}
         train |= {"max_steps": STEPS, "gradient_accumulation_steps": 1 if name == "moe" else 2}
         if name == "moe":
             own["model"] = {"config": MOE}
         if name == "bf16":
             train |= {"mixed_precision": "bf16"}
+        if name == "offload" and strategy == "zero2":
+            (folder / "zero2.json").write_text(json.dumps(OWN_FILE))
+            train["distributed"] = {"strategy": strategy, "deepspeed": str(folder / "zero2.json")}
+        elif name == "offload" and strategy != "ddp":
+            train["distributed"] = {"strategy": strategy, "cpu_offload": True}
         return tiny_recipe(folder, data={"streams": 2}, train=train, evaluate={"do_eval": name == "dense"}, **own)
     own["checkpoint"] = {"save_steps": 3}
     train |= {"max_steps": 6}
