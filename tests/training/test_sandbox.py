@@ -12,6 +12,16 @@ from toolkit.errors import ToolkitError
 from toolkit.training.reward_functions import RewardFunctions
 from toolkit.training.sandbox import Limits, code_block, run_code, run_many
 
+
+@pytest.fixture(autouse=True, scope="module")
+def isolated() -> None:
+    """Skip where the kernel cannot isolate, which is an error for users."""
+    try:
+        run_code("")
+    except ToolkitError as error:
+        pytest.skip(str(error))
+
+
 LIMITS = Limits(cpu_seconds=2, wall_seconds=60.0, memory_bytes=256 << 20)
 FUNCTION = "def f(x): return x + 1"
 
