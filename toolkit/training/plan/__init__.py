@@ -6,7 +6,8 @@
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from toolkit.config import Recipe
@@ -31,7 +32,8 @@ class Plan:
         max_steps: None where the number follows from the data.
         work: of a step of one process.
         memory: of one process.
-        seconds: that a step takes on this machine; None where its speed was not measured.
+        seconds: that a step takes on this machine, at best and at worst; None where its speed was not measured.
+        program: bytes of Python and its libraries beside ``memory``; None where they were not measured.
     """
 
     model_class: str
@@ -41,7 +43,8 @@ class Plan:
     max_steps: int | None
     work: Work
     memory: Footprint
-    seconds: float | None
+    seconds: tuple[float, float] | None
+    program: int | None = None
 
 
 def make_plan(recipe: Recipe, speed: Speed | None = None, processes: int | None = None) -> Plan:
@@ -62,7 +65,16 @@ def plan_here(recipe: Recipe, processes: int | None = None) -> Plan:
     """The plan of a recipe with the time that this machine takes, whose speed is measured for less than a second."""
     model = empty_model(recipe)
     sizes = LayerSizes.of(model)
-    return _planned(recipe, model, sizes, measure_speed(recipe, sizes), processes)
+    return replace(_planned(recipe, model, sizes, measure_speed(recipe, sizes), processes), program=_resident())
+
+
+def _resident() -> int | None:
+    """Bytes that this process, whose model has no weights, holds; None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _planned(recipe: Recipe, model: Any, sizes: LayerSizes, speed: Speed | None, processes: int | None) -> Plan:
@@ -94,10 +106,16 @@ def describe(plan: Plan) -> str:
     if work.rolled_tokens:
         lines.append(f"        {at_most}{work.rolled_tokens:,} tokens rolled out before them")
     lines.append(f"memory{' of a process' if plan.processes > 1 else ''}: about {_bytes(memory.total)}")
+    if plan.program is not None:
+        lines[-1] += f", beside {_bytes(plan.program)} of Python and its libraries"
     lines += [f"  {name:<12} {_bytes(size):>10}  {about}" for name, size, about in memory.rows if size]
     if plan.seconds is not None:
-        of_run = f", {_clock(plan.seconds * plan.max_steps)} for {plan.max_steps:,} steps" if plan.max_steps else ""
-        lines.append(f"time: about {plan.seconds:.3g} s a step on this machine{of_run}, without evaluation")
+        best, worst = plan.seconds
+        of_run = ""
+        if plan.max_steps:
+            whole = " to ".join(_clock(one * plan.max_steps) for one in plan.seconds)
+            of_run = f", {whole} for {plan.max_steps:,} steps"
+        lines.append(f"time: {best:.2g} to {worst:.2g} s a step on this machine{of_run}, without evaluation")
     else:
         lines.append("time: not measured")
     if plan.max_steps is None:

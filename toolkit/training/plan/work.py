@@ -9,8 +9,8 @@ import torch
 from toolkit.config import Recipe
 from toolkit.training.plan.model import LayerSizes
 
-SHARE_OF_GEMM = 0.5
-"""Speed of a whole forward and backward over that of its GEMMs alone."""
+SHARES_OF_GEMM = (1.5, 0.5)
+"""Speed of a whole forward and backward over that of one GEMM like its own, measured alone: at best, at worst."""
 DECODE_OVERHEAD = 30e-6
 """Seconds of a layer in a step of decoding beside its GEMMs."""
 
@@ -54,11 +54,15 @@ class Work:
     layers: int
     how: str
 
-    def seconds(self, speed: Speed) -> float:
-        """On a machine of this speed."""
-        decode = max(self.decode_flops / speed.flops / SHARE_OF_GEMM, self.weight_bytes / speed.read_bytes)
+    def seconds(self, speed: Speed) -> tuple[float, float]:
+        """On a machine of this speed: at best, at worst."""
+        best, worst = (self._seconds(speed, share) for share in SHARES_OF_GEMM)
+        return best, worst
+
+    def _seconds(self, speed: Speed, share: float) -> float:
+        decode = max(self.decode_flops / speed.flops / share, self.weight_bytes / speed.read_bytes)
         decode += self.layers * DECODE_OVERHEAD
-        return self.flops / speed.flops / SHARE_OF_GEMM + self.decode_steps * decode
+        return self.flops / speed.flops / share + self.decode_steps * decode
 
 
 def work_of(recipe: Recipe, sizes: LayerSizes, processes: int) -> Work:
