@@ -219,3 +219,17 @@ def test_custom_functions_pass_their_gradient(step):
     step(linear(*stock)).square().sum().backward()
     for got, wanted in zip(ours, stock):
         torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_several_targets_a_row_of_dense_logits() -> None:
+    """As a head gives them whose weight is sharded: log-probabilities of K tokens a row, and their gradient."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(7, (5, 3))
+    weights = torch.randn(5, 3, dtype=torch.float64)
+    logprobs, lse = token_logprobs(logits, targets)
+    (gradient,) = torch.autograd.grad((logprobs * weights).sum() + lse.square().sum(), logits)
+    expected = logits.log_softmax(-1).gather(1, targets)
+    wanted = (expected * weights).sum() + logits.logsumexp(-1).square().sum()
+    torch.testing.assert_close(logprobs, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, logits)[0], rtol=1e-10, atol=1e-12)

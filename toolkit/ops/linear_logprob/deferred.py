@@ -263,7 +263,7 @@ def _without_logits(logits: Tensor, targets: Tensor) -> LinearLogprob | None:
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-probability of the targets, log-sum-exp) a row, in nats; logits [..., V], targets [...] int64.
+    """(log-probability of the targets, log-sum-exp) a row, in nats; logits [..., V], targets [...] or [..., K] int64.
 
     From deferred logits by ``linear_logprob``, without computing them; from dense ones by ``token_logprob``, bitwise
     identical. Targets of -100 are ignored: 0, without gradient.
@@ -271,7 +271,11 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     fused = _without_logits(logits, targets)
     if fused is not None:
         return fused.logprob, fused.lse
-    return token_logprob(logits.compute() if isinstance(logits, DeferredLogits) else logits, targets)
+    dense = logits.compute() if isinstance(logits, DeferredLogits) else logits
+    if targets.dim() < dense.dim():
+        return token_logprob(dense, targets)
+    lse = token_logprob(dense, targets[..., 0])[1]
+    return dense.gather(-1, targets).to(lse.dtype) - lse[..., None], lse
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
