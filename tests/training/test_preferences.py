@@ -210,7 +210,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"loss_type": "aot"}, "objective.loss_type must be one of"),
+        ({"loss_type": "grpo"}, "objective.loss_type must be one of"),
         ({"loss_type": "exo_pair"}, "label_smoothing must be > 0 for objective.loss_type 'exo_pair', got 0"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing must be 0 for objective.loss_type 'hinge'"),
     ],
