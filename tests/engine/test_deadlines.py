@@ -52,6 +52,31 @@ def test_a_request_that_runs_keeps_what_it_has(clock):
     engine.check_integrity()
 
 
+class CountedTime(float):
+    """A time that counts how often another one is compared with it, or it is taken from another one."""
+
+    looks = 0
+
+    def _look(self) -> float:
+        CountedTime.looks += 1
+        return float(self)
+
+    def __ge__(self, other):
+        return self._look() >= other
+
+    def __rsub__(self, other):
+        return other - self._look()
+
+
+def test_a_step_looks_at_the_next_deadline_and_not_at_all(clock):
+    engine = engine_of()
+    for index in range(50):
+        engine.submit([1, 2], params(100.0 + index))
+    clock.seconds = CountedTime(clock.seconds)
+    engine.step()
+    assert 1 <= CountedTime.looks <= 4
+
+
 def test_what_waits_beyond_its_time_never_starts(clock):
     engine = engine_of(max_num_seqs=1)
     first = engine.submit([1, 2], params())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import toolkit
+from tests.helpers.listeners import LOOPBACK, listening
 from tests.helpers.server_process import ServerProcess, serving
 from toolkit.cli import main
 from toolkit.testing.models import random_model, tiny_tokenizer
@@ -70,6 +71,8 @@ def test_several_ranks_serve_as_one_process_and_end_together(folder: Path, tmp_p
     with serving(folder, *OPTIONS, "--enable-admin-endpoints") as server:
         found = complete(server) + complete(server, temperature=1.0, seed=3, n=3)
         ranks = others(server)
+        for process in (server.process.pid, *ranks):
+            assert listening(process) <= LOOPBACK
         with urllib.request.urlopen(f"{server.url}/get_world_size", timeout=200) as response:
             assert json.load(response) == {"world_size": 2}
         updated = post(server, "/update_weights", {"weight_dir": str(other)})

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.listeners import LOOPBACK, listening
 from tests.helpers.training_recipes import tiny_recipe, write_corpus
 from toolkit.cli import launch, main
 from toolkit.config import dump
@@ -86,6 +87,8 @@ def test_a_process_that_is_killed_ends_all_with_one_sentence(tmp_path: Path, ran
     read_until(process, "  loss ")
     ranks = children_of(process)
     assert len(ranks) == 2
+    for pid in (process.pid, *ranks):
+        assert listening(pid) <= LOOPBACK
     os.kill(ranks[rank], signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGKILL

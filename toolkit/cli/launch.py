@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import IO, Any
 
+from toolkit.cli.loopback import ADDRESS, keep_gloo_local, listening_store
 from toolkit.errors import ToolkitError
 from toolkit.machine import cpu_count
 
@@ -73,12 +74,10 @@ def launch(words: Sequence[str], processes: int) -> int:
         words: of the command line, after the program.
     """
     import torch
-    from torch.distributed import TCPStore
 
-    # Here, for a port that is only chosen could be taken before the first process listens.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = listening_store()  # here, for a port that is only chosen could be taken before the first process listens
     shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": ADDRESS,
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
@@ -86,6 +85,7 @@ def launch(words: Sequence[str], processes: int) -> int:
         "LOCAL_WORLD_SIZE": str(processes),
         LAUNCHED: str(os.getpid()),
     }
+    keep_gloo_local(shared)
     if shared.get("OMP_NUM_THREADS") == str(cpu_count()):
         del shared["OMP_NUM_THREADS"]  # of this process, which was alone
     if not torch.accelerator.is_available():

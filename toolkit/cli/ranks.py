@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from toolkit.cli.loopback import joined_store, keep_gloo_local, listening_store
 from toolkit.errors import ToolkitError, first_line
 
 if TYPE_CHECKING:
     from toolkit.engine.leading import RankEngine
 
 _RANK, _STORE = "TOOLKIT_TENSOR_PARALLEL_RANK", "TOOLKIT_TENSOR_PARALLEL_STORE"
-_START = timedelta(minutes=10)
 _FOR_EVER = timedelta(days=3650)  # the other ranks wait as long as no request comes; one that ends closes its sockets
 
 
@@ -71,8 +71,8 @@ class Ranks:
         else:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.size))
         leads = self.rank == 0
-        port = 0 if leads else int(os.environ[_STORE])
-        store = dist.TCPStore("127.0.0.1", port, None, leads, timeout=_START, wait_for_workers=False)
+        keep_gloo_local()
+        store = listening_store() if leads else joined_store(int(os.environ[_STORE]))
         if leads:
             self._others = [_started(words, rank, store.port) for rank in range(1, self.size)]
         else:

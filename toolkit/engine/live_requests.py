@@ -105,10 +105,14 @@ class LiveRequests:
         """End those that ran out of time, with "timeout"."""
         if self.seconds_left() is None:
             return
-        now = time.monotonic()
-        expired = [entry for entry in self._deadlines if entry[0] <= now and entry[1] in self.by_id]
-        for request_id in self._agree([request_id for _, request_id in sorted(expired)]):
+        expired = []
+        while self.seconds_left() == 0:
+            expired.append(heapq.heappop(self._deadlines))
+        for request_id in self._agree([request_id for _, request_id in expired]):
             self.end(self.by_id[request_id], "timeout")
+        for entry in expired:
+            if entry[1] in self.by_id:  # on the first rank's clock there is time left
+                heapq.heappush(self._deadlines, entry)
 
     def bring_adapters(self, see_weights: Callable[[], object]) -> None:
         """Put the adapters that the next step needs into the model; requests end whose adapter is not there.
