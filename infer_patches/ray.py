@@ -167,11 +167,15 @@ class RayEngine:
         if weight_version(self.model) != self._version:
             self._version, self._weights = self._send()
             calls = [worker.load.remote(self._version, self._weights) for worker in self._workers]
-            for at, call in enumerate(calls):
-                try:
-                    self._get(call)
-                except self._ray.exceptions.RayActorError as error:
-                    self._restart(at, error)
+            try:
+                for at, call in enumerate(calls):
+                    try:
+                        self._get(call)
+                    except self._ray.exceptions.RayActorError as error:
+                        self._restart(at, error)
+            except BaseException:
+                self._version = -1  # not all actors have them: the next call sends them again
+                raise
             if self._folders is not None:
                 self._folders.remove_previous()
         return self._version

@@ -2,6 +2,9 @@
 
 import asyncio
 import pickle
+import sys
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import toolkit
 from infer_patches.ray import RayEngine
 from toolkit.errors import ToolkitError
 from toolkit.loading.weight_folders import WeightFolders
+from toolkit.patching import weight_version
 from toolkit.testing.models import random_model
 from toolkit.training.rollout_worker import ModelSpec, Worker, packed
 
@@ -49,6 +53,13 @@ def test_tied_weights_travel_once():
     assert sent["head"] is sent["embedding"]
     assert sent["other"] is not sent["head"]
     assert torch.equal(sent["other"].tensor(), weight[:32])
+
+
+def test_other_views_of_the_same_memory_are_other_tensors():
+    weight = torch.randn(6, 6)
+    sent = packed({"one": weight, "turned": weight.mT, "bits": weight.view(torch.int32)})
+    assert torch.equal(sent["turned"].tensor(), weight.mT)
+    assert torch.equal(sent["bits"].tensor(), weight.view(torch.int32))
 
 
 @pytest.mark.parametrize("through", ["bytes", pytest.param("folder", marks=pytest.mark.sweep)])
@@ -116,7 +127,51 @@ def test_an_update_is_whole_or_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class _Ray(SimpleNamespace):
+    """Ray whose actors are in this process: a reference is a call without arguments."""
+
+    class RayActorError(Exception):
+        pass
+
+    class RayTaskError(Exception):
+        pass
+
+    def __init__(self, worker: Any) -> None:
+        super().__init__(
+            exceptions=SimpleNamespace(RayActorError=self.RayActorError, RayTaskError=self.RayTaskError),
+            is_initialized=lambda: True,
+            put=lambda value: value,
+            get=lambda reference: reference(),
+            wait=lambda references, **_: (references, []),
+            kill=lambda actor: None,
+            remote=lambda kind: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: worker)),
+        )
+
+
+def test_weights_that_an_actor_has_not_taken_are_sent_again(monkeypatch):
+    model = random_model("llama")
+    loaded: list[int] = []
+    refuses = [True]
+
+    def load(version: int, weights: Any) -> None:
+        if refuses[0]:
+            raise ToolkitError("no room.")
+        loaded.append(version)
+
+    started = SimpleNamespace(numerics={}, max_model_len=32)
+    methods = {"start": lambda *given: started, "load": load}
+    worker = SimpleNamespace(**{name: SimpleNamespace(remote=partial(partial, call)) for name, call in methods.items()})
+    monkeypatch.setitem(sys.modules, "ray", _Ray(worker))
+    with RayEngine(model, num_workers=1, numerics="fast") as engine:
+        halved(model)
+        with pytest.raises(ToolkitError, match="no room"):
+            engine.sync_weights()
+        refuses[0] = False
+        assert engine.sync_weights() == weight_version(model)
+        assert loaded == [weight_version(model)]
+
+
 def test_without_ray_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ToolkitError, match=r"RayEngine needs the package 'ray': pip install ray\."):
         RayEngine(random_model("llama"))

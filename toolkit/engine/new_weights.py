@@ -9,7 +9,7 @@ from toolkit.engine.async_engine import AsyncEngine
 from toolkit.engine.leading import LeadingEngine
 from toolkit.engine.pooling.queue import PoolingQueue
 from toolkit.errors import ToolkitError
-from toolkit.patching.tensor_parallel import WHOLE_SHAPES
+from toolkit.modules.tensor_parallel import WHOLE_SHAPES
 
 
 def _own_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:

@@ -65,7 +65,9 @@ def _check_tensors(folder: Path, model: "nn.Module", field: str) -> None:
 
     Checkpoints may hold tensors under other names than the model's; those are compared when they are converted.
     """
-    state, split = model.state_dict(), getattr(model, "_toolkit_whole_shapes", {})
+    from toolkit.modules.tensor_parallel import WHOLE_SHAPES
+
+    state, split = model.state_dict(), getattr(model, WHOLE_SHAPES, {})
     for name, (dtype, shape) in tensor_headers(folder).items():
         there = state.get(name)
         if there is None:

@@ -53,10 +53,10 @@ Weights = dict[str, PackedTensor] | str
 
 def packed(weights: Mapping[str, Tensor]) -> dict[str, PackedTensor]:
     """The tensors as bytes; names of one tensor have one entry, so that tied weights travel once."""
-    found: dict[tuple[int, tuple[int, ...]], PackedTensor] = {}
+    found: dict[tuple[Any, ...], PackedTensor] = {}
     by_name = {}
     for name, tensor in weights.items():
-        key = tensor.data_ptr(), tuple(tensor.shape)
+        key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
         if key not in found or not tensor.numel():
             found[key] = PackedTensor.of(tensor)
         by_name[name] = found[key]

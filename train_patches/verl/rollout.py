@@ -16,7 +16,11 @@ from toolkit.errors import ToolkitError
 from toolkit.loading import load_model
 from toolkit.training.rollout_worker import Weights, Worker, packed
 
-_TRUNCATIONS = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+_CHANGES = {
+    "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    "min_tokens": 0,
+}  # fmt: skip
+"""Parameters that change the distribution, with the values by which they do not."""
 _PASSED = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop",
     "stop_token_ids", "ignore_eos", "seed", "min_tokens",
@@ -105,9 +109,9 @@ class Server:
     @staticmethod
     def _is_whole(given: dict[str, Any]) -> bool:
         """Whether tokens are sampled from the model's own distribution, whose log-probabilities training computes."""
-        truncated = given.get("top_k") not in (None, 0, -1)
-        truncated |= any(given.get(name, off) not in (None, off) for name, off in _TRUNCATIONS.items())
-        return given.get("temperature", 1.0) == 1.0 and not truncated
+        changed = given.get("top_k") not in (None, 0, -1)
+        changed |= any(given.get(name, off) not in (None, off) for name, off in _CHANGES.items())
+        return given.get("temperature", 1.0) == 1.0 and not changed
 
     def _fields(self, completions: list[Completion]) -> dict[str, Any]:
         versions = [version for one in completions for version in one.weight_versions]

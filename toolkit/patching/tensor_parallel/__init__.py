@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from toolkit.errors import ToolkitError, first_line
 from toolkit.modules.linear import autocast_linear
 from toolkit.modules.tensor_parallel import (
+    WHOLE_SHAPES,
     column_forward,
     gathered_row_forward,
     reduced_row_forward,
@@ -33,7 +34,7 @@ from toolkit.patching.sharding import check_unsharded, check_unsplit
 from toolkit.patching.tensor_parallel.check import check_equal, difference, look
 from toolkit.patching.tensor_parallel.plan import COLUMN, Plan, plan_of
 
-__all__ = ["WHOLE_SHAPES", "TensorParallel", "parallel_of", "tensor_parallel"]
+__all__ = ["TensorParallel", "parallel_of", "tensor_parallel"]
 
 
 class _Split(NamedTuple):
@@ -187,8 +188,6 @@ class TensorParallel(ShardedParameters):
 
 
 _SAVE, _PARALLEL = "save_pretrained", "_toolkit_tensor_parallel"
-WHOLE_SHAPES = "_toolkit_whole_shapes"
-"""The attribute of a split model that has the shapes of its parameters over all ranks, by name."""
 
 
 def parallel_of(model: nn.Module) -> TensorParallel | None:
