@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import toolkit
 from tests.helpers.listeners import LOOPBACK, listening
 from tests.helpers.server_process import ServerProcess, serving
 from toolkit.cli import main
+from toolkit.cli.ranks import Ranks
 from toolkit.testing.models import random_model, tiny_tokenizer
 
 pytestmark = pytest.mark.sweep
@@ -75,6 +79,8 @@ def test_several_ranks_serve_as_one_process_and_end_together(folder: Path, tmp_p
             assert listening(process) <= LOOPBACK
         with urllib.request.urlopen(f"{server.url}/get_world_size", timeout=200) as response:
             assert json.load(response) == {"world_size": 2}
+        for process in ranks:  # as systemd does, which signals all processes: the first rank finishes what runs
+            os.kill(process, signal.SIGTERM)
         updated = post(server, "/update_weights", {"weight_dir": str(other)})
         after = complete(server)
         server.process.send_signal(signal.SIGTERM)
@@ -117,3 +123,18 @@ def test_ranks_end_when_the_first_one_dies(folder: Path) -> None:
 def test_options_that_do_not_fit(options: list[str], why: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(folder), "--port", "0", *options]) == 2
     assert f"toolkit: {why}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "said"), [(0, 0), (3, 1)])
+def test_a_rank_that_ends_as_it_should_is_not_lost(status: int, said: int) -> None:
+    """The engine is closed, and ``end`` is not called yet."""
+    ranks = Ranks.__new__(Ranks)
+    ranks._ending = False
+    ranks._others = [subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])]
+    sentences: list[str] = []
+    before = set(threading.enumerate())
+    ranks.watch(sentences.append)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    assert ranks._others[0].poll() == status
+    assert len(sentences) == said
