@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import re
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +20,13 @@ from toolkit.errors import ToolkitError
 from toolkit.files import write_atomic
 from toolkit.strict_json import strict_json
 from toolkit.testing.models import tiny_tokenizer
+from toolkit.training.background_loop import LOOP
 from toolkit.training.conversations import AfterTurn, Conversation
 from toolkit.training.environments import Environment, Rubric, ToolEnvironment, make_environment
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
+from toolkit.training.prompts import Judged
+from toolkit.training.signals import Interrupted
 
 HERE = "tests.training.test_environments"
 STOP = [chr(at) for at in range(33, 80)]
@@ -195,6 +201,42 @@ def test_a_conversation_whose_environment_raises_is_dropped(tmp_path: Path) -> N
         next(Trainer(always, quiet=True).objective.updates(0))
 
 
+class Exits(Echo):
+    """Ends the program where it should answer."""
+
+    async def env_response(self, messages: Any, state: dict[str, Any]) -> Any:
+        async def exits() -> None:
+            raise SystemExit(3)
+
+        await asyncio.gather(exits())
+
+
+class Silent(Echo):
+    """Never answers; a signal comes while it is waited for."""
+
+    stop: Any = None
+
+    async def env_response(self, messages: Any, state: dict[str, Any]) -> Any:
+        self.stop.accept(signal.SIGTERM)
+        await asyncio.Event().wait()
+
+
+def test_an_environment_that_exits_takes_its_conversations_alone(tmp_path: Path) -> None:
+    """What exits ends the loop of asynchronous functions, where the others' would wait for ever."""
+    trainer = Trainer(recipe(tmp_path, {"environment": f"{HERE}:Exits"}), quiet=True)
+    with pytest.raises(ToolkitError, match=r"the environment raised SystemExit: 3; it has not worked for any"):
+        next(trainer.objective.updates(0))
+    assert LOOP.submit(asyncio.sleep(0, "here")).result(60) == "here"
+
+
+def test_a_signal_ends_waiting_for_an_environment(tmp_path: Path) -> None:
+    trainer = Trainer(recipe(tmp_path, {"environment": f"{HERE}:Silent"}), quiet=True)
+    policy: Any = trainer.objective
+    policy.prompts.environment.stop = trainer.stop
+    with pytest.raises(Interrupted):
+        next(policy.updates(0))
+
+
 class Broken(Echo):
     def setup_state(self, state: dict[str, Any]) -> None:
         raise ValueError("never")
@@ -271,6 +313,9 @@ def test_tools_are_called_and_what_goes_wrong_is_a_message() -> None:
     assert (state["tool_calls"], state["tool_failures"]) == (5, 3)
     assert asyncio.run(environment.env_response([environment.parse("It is 5.", state)], state)) == []
     assert environment.tools[0].parameters["required"] == ["a", "b"]
+    state["functions"]["add"] = lambda a: sys.exit(a)
+    (exited,) = asyncio.run(environment.env_response([environment.parse(call("add", a=3), state)], state))
+    assert exited["content"] == "{'error': '3'}"
 
 
 @pytest.mark.parametrize(
@@ -354,6 +399,37 @@ def test_environments_of_trl_are_reset_for_each_conversation_and_judge_it(tmp_pa
     assert metrics["rewards/Counter/mean"] == pytest.approx(sum(values) / 8)
     assert metrics["tools/call_frequency"] == sum(one.state["tool_calls"] for one in seen) / 8
     assert isinstance(seen[0], Conversation)
+
+
+def test_each_function_has_its_own_weight_and_name(tmp_path: Path) -> None:
+    """Where each is normalised alone, too; one of the recipe's and two of the environment's, one by the same name."""
+    fields = {
+        "reward_funcs": [f"{HERE}:turns"], "reward_weights": [2.0], "multi_objective_aggregation": "normalize_then_sum",
+    }  # fmt: skip
+    trainer = Trainer(recipe(tmp_path, fields), quiet=True)
+    policy: Any = trainer.objective
+    assert policy.prompts.functions.names == ["turns", "ascii_share", "turns_2"]
+    by_function = {"turns": [0.0, 1.0], "ascii_share": [1.0, 0.0], "turns_2": [0.0, 0.0]}
+    judged = Judged([[0.0, 0.0]], by_function, {})
+    advantages = policy._sum_of_normalised(judged)
+    each = 0.5 / (0.5**0.5 + 1e-4)  # of two numbers 0 and 1
+    total = 2.0 * each - 1.0 * each
+    expected = total / (2**0.5 * total + 1e-4)
+    torch.testing.assert_close(advantages, torch.tensor([[-expected, expected]], dtype=torch.float64))
+
+
+def test_the_environment_of_the_docs_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(# games.py\n.*?)```", text, re.DOTALL)
+    (tmp_path / "docs_games.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    fields = {"environment": {"name": "docs_games:Twenty", "hard": True}, "max_turns": 4}
+    trainer = Trainer(recipe(tmp_path, fields), quiet=True)
+    policy: Any = trainer.objective
+    seen = rolled(policy)
+    list(policy.updates(0))
+    assert {one.turns for one in seen} >= {4}
+    assert policy.finish()[1]["rewards/found/mean"] == 0.0
 
 
 def test_environments_by_name() -> None:

@@ -147,6 +147,18 @@ def test_a_plan_is_of_one_process_of_them(tmp_path: Path, capsys: pytest.Capture
             assert size == pytest.approx(whole[name] / (2 if name in halved else 1), abs=0.11), (strategy, name)
 
 
+def test_a_connection_that_breaks_for_all_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each takes the others for gone, and none of them has failed itself."""
+    code = "import sys; print('toolkit: another process of the run is gone: no route', file=sys.stderr); sys.exit(75)"
+    with (tmp_path / "said").open("w+") as said:
+        children = [
+            subprocess.Popen([sys.executable, "-S", "-c", code], stderr=stream) for stream in (subprocess.DEVNULL, said)
+        ]
+        assert launch._wait(children, [None, said], []) == 75
+    expected = "process 1 of 2 failed with status 75, and with it the run: another process of the run is gone: no route"
+    assert capsys.readouterr().err == f"toolkit: {expected}\n"
+
+
 def test_what_gloo_says_of_a_lost_process() -> None:
     lost = RuntimeError("[enforce fail at pair.cc:547] . Connection closed by peer [127.0.0.1]:4711")
     assert launch.lost_process(lost)

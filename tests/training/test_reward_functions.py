@@ -3,6 +3,7 @@
 import asyncio
 import math
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -93,6 +94,17 @@ def meets_plainly(completions: list[str], **_: Any) -> list[float]:
     return [1.0] * len(completions)
 
 
+def exits(completions: list[str], **_: Any) -> list[float]:
+    if "" in completions:
+        sys.exit(3)
+    return [1.0] * len(completions)
+
+
+async def exits_later(completions: list[str], **_: Any) -> list[float]:
+    await asyncio.gather(asyncio.sleep(0), asyncio.to_thread(len, completions))
+    return exits(completions)
+
+
 ENDED = threading.Event()
 
 
@@ -130,6 +142,7 @@ def test_weights_and_functions_that_do_not_apply() -> None:
     assert RewardFunctions.load([f"{HERE}:length", "math:sqrt"]).names == ["length", "sqrt"]
     assert RewardFunctions.load(["math:sqrt", "cmath:sqrt"]).names == ["math:sqrt", "cmath:sqrt"]
     assert loaded("length")([], [], [], []).totals == []
+    assert loaded("length", "length", "by_name", "length").names == ["length", "length_2", "by_name", "length_3"]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +150,8 @@ def test_weights_and_functions_that_do_not_apply() -> None:
     [
         ("nan_of_the_second", [1], "the reward function nan_of_the_second returned NaN"),
         ("no_empty_text", [2], r"the reward function no_empty_text raised ValueError at .*: an empty text"),
+        ("exits", [2], r"the reward function exits raised SystemExit at .*: 3"),
+        ("exits_later", [2], r"the reward function exits_later raised SystemExit at .*: 3"),
         ("no_empty_text_later", [2], "the reward function no_empty_text_later raised TimeoutError .*not the recipe's"),
     ],
 )
@@ -158,15 +173,16 @@ def test_functions_run_at_the_same_time() -> None:
 
 
 def test_a_function_that_takes_too_long_drops_its_completions() -> None:
-    functions = loaded("length", "never", "busy", timeout=0.05)
-    functions._worked = [True] * 3
+    functions = loaded("never", "busy", timeout=0.05)
+    functions._worked = [True] * 2
     found = functions(PROMPTS, COMPLETIONS, IDS, COLUMNS)
     assert all(map(math.isnan, found.totals))
-    assert [one.count for one in found.failures] == [0, 3, 3]
-    assert found.failures[1].first == (
+    assert [one.count for one in found.failures] == [3, 3]
+    assert found.failures[0].first == (
         "the reward function never must return within objective.reward_timeout, which is 0.05 seconds"
     )
     assert ENDED.wait(60)  # a loop in Python is ended, not left to run
+    assert [one.count for one in loaded("length", timeout=60.0)(PROMPTS, COMPLETIONS, IDS, COLUMNS).failures] == [0]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,16 @@ def test_rewards_of_completions_by_their_lines_tests() -> None:
     assert code_block("```python\nnever closed") is None
 
 
+def test_what_code_writes_as_its_result_is_no_other_reward() -> None:
+    forged = """
+import json, os, sys
+settings = json.loads(sys.argv[1])
+os.write(settings["result"], json.dumps({"key": os.read(settings["key"], 64).decode(), "passed": [100.0]}).encode())
+os._exit(0)
+"""
+    assert run_code(forged, ["assert False"]).share == 0.0
+
+
 def test_too_many_tests() -> None:
     with pytest.raises(ToolkitError, match="tests must have <= 4096 entries, got 5000"):
         run_code("", ["pass"] * 5000)

@@ -154,6 +154,8 @@ def _wait(children: "Sequence[subprocess.Popen[Any]]", said: Sequence[IO[Any] | 
     causes = [rank for rank, code in enumerate(codes) if code not in (None, 0, BEREFT)]
     if failed is None and causes:
         failed = causes[0]
+    if failed is None and not received:  # a connection broke, and each takes another one for gone
+        failed = next((rank for rank in reversed(range(len(codes))) if codes[rank]), None)
     if failed is None:
         return next((code for code in codes if code), 0)
     code = codes[failed] or 0

@@ -98,7 +98,8 @@ def _run(args: argparse.Namespace) -> int:
         except RuntimeError as error:
             if not (launched() and lost_process(error)):
                 raise
-            if LAUNCHED not in os.environ:
+            # What the first process of ``launch`` says is shown at once, beside the sentence of the one that is gone.
+            if LAUNCHED not in os.environ or os.environ.get("RANK") != "0":
                 print(f"toolkit: another process of the run is gone: {first_line(error)}", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()

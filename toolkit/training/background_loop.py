@@ -5,6 +5,7 @@ import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 
@@ -22,8 +23,15 @@ class BackgroundLoop:
         """Start a coroutine; its result is the future's."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="toolkit-functions", daemon=True).start()
+            threading.Thread(target=_run, args=(self._loop,), name="toolkit-functions", daemon=True).start()
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Run the loop, which a function that exits stops; its future has that, and the others continue."""
+    while True:
+        with suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()
 
 
 LOOP = BackgroundLoop()

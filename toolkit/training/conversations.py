@@ -8,7 +8,7 @@ and so have the same rotary tables.
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from toolkit.chat import render
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 _PROBE = "Kq4zTurn"
 """Stands for the model's turn where the template is asked what follows one."""
+
+
+_LOOK_FOR_SIGNALS = 0.2
+"""Seconds between looks at whether a signal came, while nothing but the environment is waited for."""
 
 
 @dataclass(slots=True)
@@ -85,7 +89,9 @@ class Conversations:
         for one in (one for group in groups for one in group):
             self._ask(one, self._environment.setup_state, one.state)
         while self._waiting:
-            self._begin(*self._next_response())
+            if (answered := self._next_response()) is None:
+                return groups
+            self._begin(*answered)
         for group, seed in zip(groups, seeds):
             self._first_turns([one for one in group if one.error is None], seed)
         engine, total, done = self._rollout.engine, len(problems) * n, 0
@@ -93,7 +99,9 @@ class Conversations:
             while self._running or self._waiting:
                 # Other conversations' turns are sampled while responses are awaited.
                 while self._waiting and (not self._running or not self._ready.empty()):
-                    self._continue(*self._next_response())
+                    if (answered := self._next_response()) is None:
+                        break
+                    self._continue(*answered)
                 if self._rollout.stopping:
                     break
                 for delta in engine.step():
@@ -124,9 +132,18 @@ class Conversations:
         self._waiting += 1
         LOOP.submit(called()).add_done_callback(lambda future: self._ready.put((one, future)))
 
-    def _next_response(self) -> tuple[Conversation, Any]:
-        """The next conversation that has a response, and the response; None where the environment raised."""
-        one, future = self._ready.get()
+    def _next_response(self) -> tuple[Conversation, Any] | None:
+        """The next conversation that has a response, and the response, None where the environment raised.
+
+        None alone where a signal asks to stop before there is one.
+        """
+        while True:
+            try:
+                one, future = self._ready.get(timeout=_LOOK_FOR_SIGNALS)
+                break
+            except Empty:
+                if self._rollout.stopping:
+                    return None
         self._waiting -= 1
         error = future.exception()
         if error is None:

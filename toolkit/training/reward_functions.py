@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import PurePath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -104,6 +105,7 @@ class RewardFunctions:
     def __post_init__(self) -> None:
         if self.weights is None:
             self.weights = [1.0] * len(self.names)
+        self.names = _distinct(self.names)
         self._worked = [False] * len(self.names)
 
     @classmethod
@@ -226,7 +228,7 @@ class RewardFunctions:
             )
         found: list[float | None] = []
         for value, completion in zip(values, completions):
-            if isinstance(value, Exception):  # of a function that is called for each completion
+            if isinstance(value, (Exception, SystemExit)):  # of a function that is called for each completion
                 found.append(failures.add(f"{where} raised {type(value).__name__}: {first_line(value)}"))
                 continue
             reward = None if value is None else finite_reward(value, where, completion)
@@ -234,6 +236,15 @@ class RewardFunctions:
                 reward = failures.add(f"{where} returned NaN")
             found.append(reward)
         return found
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names, of which later ones that were there already have a number: metrics are by name."""
+    found: list[str] = []
+    for name in names:
+        others = (f"{name}_{number}" for number in count(2))
+        found.append(name if name not in found else next(other for other in others if other not in found))
+    return found
 
 
 async def _within(timeout: float | None, awaitable: Any) -> Any:

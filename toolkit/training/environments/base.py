@@ -110,7 +110,7 @@ def _of_each(function: Callable[..., Any]) -> Callable[..., Any]:
             given = {**state, "prompt": prompt, "completion": completion, "state": state}
             try:
                 return await awaited(_by_name(function, given))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 return error
 
         return await asyncio.gather(*map(one, prompts, completions, states))

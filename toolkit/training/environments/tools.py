@@ -99,7 +99,7 @@ class ToolEnvironment(Environment):
                 raise ValueError(f"Tool {name} not found.")
             arguments = json.loads(call["function"]["arguments"] or "{}")
             result = await awaited(function(**arguments))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             state["tool_failures"] += 1
             result = {"error": first_line(error)}
         return tool_message(call["id"], result if isinstance(result, str) else str(result), name)
@@ -112,7 +112,7 @@ class ToolEnvironment(Environment):
             async def one(state: State) -> Any:
                 try:
                     return await awaited(state["environment"].get_reward())
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     return error
 
             return await asyncio.gather(*map(one, states))

@@ -206,7 +206,9 @@ class GRPO(OnPolicyObjective[GRPOSection]):
 
         rewards = torch.tensor(judged.rewards, dtype=torch.float64)
         each = torch.tensor(list(judged.by_function.values()), dtype=torch.float64).reshape(-1, *rewards.shape)
-        weights = self.section.reward_weights or [1.0] * len(each)
+        functions = self.prompts.functions  # an environment's too, which are not in the recipe's weights
+        assert functions is not None
+        weights = functions.weights or [1.0] * len(each)
         sums = sum_of_normalised(each.masked_fill(rewards.isnan(), math.nan), weights)
         mean, deviation = self.moments(sums)
         return ((sums - mean) / (deviation + 1e-4)).nan_to_num(0.0)

@@ -138,7 +138,8 @@ def _watched(folder: str, standard_input: Any, limits: Limits, tests: int, stric
         name = signal.Signals(-process.returncode).name
         return Outcome("killed", [], f"killed by {name}", text)
     passed = said.get("passed")
-    if said.get("key") != key or not isinstance(passed, list):
+    # Code that found the descriptor may have written it, and a share must be from 0 to 1.
+    if said.get("key") != key or not isinstance(passed, list) or not all(isinstance(one, bool) for one in passed):
         return Outcome("failed", [], "the program ended before its tests", text)
     complete = said.get("error") is None and len(passed) == tests and all(passed)
     return Outcome("passed" if complete else "failed", passed, said.get("error") or "", text)

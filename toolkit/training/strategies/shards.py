@@ -1,12 +1,18 @@
 """Tensors of which each process has a shard (DTensors), and those that are whole."""
 
+from typing import Any
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole_of(tensor: Tensor) -> Tensor:
-    """The whole tensor. Of a shard, all processes must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The whole tensor, on the device that the processes exchange. Of a shard, all processes must call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    there: Any = tensor.to(tensor.device_mesh.device_type)  # NCCL does not gather what is offloaded
+    whole: Tensor = there.full_tensor()
+    return whole
 
 
 def local_of(tensor: Tensor) -> Tensor:

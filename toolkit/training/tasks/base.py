@@ -109,7 +109,7 @@ def call_checked(where: str, what: str, passing: tuple[type[Exception], ...] = (
         yield
     except passing:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
