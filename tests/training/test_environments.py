@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.objective_recipes import LOWER, dense_logprobs, objective_recipe
+from tests.helpers.objective_recipes import LOWER, Lower, dense_logprobs, objective_recipe
 from tests.helpers.tool_templates import HERMES, LLAMA
 from toolkit.chat import render
 from toolkit.chat.tokens import encode
@@ -25,7 +25,7 @@ from toolkit.training.conversations import AfterTurn, Conversation
 from toolkit.training.environments import Environment, Rubric, ToolEnvironment, make_environment
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
-from toolkit.training.prompts import Judged
+from toolkit.training.prompts import Judged, TaskPrompts
 from toolkit.training.signals import Interrupted
 
 HERE = "tests.training.test_environments"
@@ -94,6 +94,15 @@ def rolled(policy: Any) -> list[Any]:
 
     policy.rollout.converse = kept
     return seen
+
+
+def test_a_task_judges_the_models_last_turn_and_not_what_it_was_told() -> None:
+    prompts = TaskPrompts(Lower(), {}, 0, 0.1)
+    (problem,) = prompts.stream().take(1)
+    one = Conversation(0, 0, 0, [3], [4], [0.0], [0.0], "what it was told", "stop")
+    for responses, reward in (([], 0.0), (["aaa", "\u00e9"], 0.0), (["\u00e9", "aaa"], 1.0)):
+        one.state = {"responses": responses}
+        assert prompts.own_reward(problem, one) == reward
 
 
 @pytest.mark.parametrize(

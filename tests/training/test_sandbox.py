@@ -11,6 +11,7 @@ import pytest
 from toolkit.errors import ToolkitError
 from toolkit.training.reward_functions import RewardFunctions
 from toolkit.training.sandbox import Limits, code_block, run_code, run_many
+from toolkit.training.sandbox.running import _signal_name
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -180,6 +181,25 @@ def test_a_program_that_waits_is_ended_by_the_wall_clock() -> None:
     assert outcome.status == "timeout"
     closed = run_code("import os, time\nos.close(1)\nos.close(2)\ntime.sleep(3600)", limits=Limits(wall_seconds=5.0))
     assert closed.status == "timeout"
+
+
+@pytest.mark.parametrize("said", [b'{"missing": ["files"]}', b"[" * 30_000, b'{"passed": [true]}'])
+def test_code_that_forges_its_result_fails(said: bytes) -> None:
+    code = f"""
+import os
+for descriptor in range(3, 64):
+    try:
+        os.write(descriptor, {said!r})
+    except OSError:
+        pass
+os._exit(3)
+"""
+    outcome = run_code(code, ["assert True"], LIMITS)
+    assert (outcome.status, outcome.share) == ("failed", 0.0)
+
+
+def test_signals_without_a_name() -> None:
+    assert [_signal_name(number) for number in (9, 40)] == ["SIGKILL", "signal 40"]
 
 
 def test_standard_input() -> None:

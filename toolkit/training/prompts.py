@@ -270,7 +270,14 @@ class TaskPrompts(Prompts):
         return str(problem.prompt)
 
     def own_reward(self, problem: Any, completion: "Completion") -> float:
-        return checked_reward(self.task, problem, completion.text)
+        return checked_reward(self.task, problem, _last_turn(completion))
+
+
+def _last_turn(completion: "Completion") -> str:
+    """The text that a task judges: of a conversation the model's last turn, not what it was told."""
+    if not isinstance(completion, Conversation):
+        return completion.text
+    return str(completion.state["responses"][-1]) if completion.state["responses"] else ""
 
 
 @dataclass

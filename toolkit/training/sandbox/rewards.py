@@ -46,10 +46,11 @@ def code(
 
 
 def _text(completion: Any) -> str:
-    """A completion's text: of messages that of the last one."""
+    """A completion's text: of messages that of the model's last one."""
     if isinstance(completion, str):
         return completion
-    return str(completion[-1]["content"]) if completion else ""
+    said = [one for one in completion if one.get("role") == "assistant"]
+    return str(said[-1]["content"]) if said else ""
 
 
 def _limits(at: int, cpu_seconds: Sequence[int | None] | None, memory_mb: Sequence[int | None] | None) -> Limits:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,7 +83,24 @@ def run_code(
     Raises:
         ToolkitError: the isolation is not to be had here, or there are too many tests.
     """
-    limits = limits or Limits()
+    if strict:
+        check_isolation()
+    return _run(code, tests, limits or Limits(), stdin, strict)
+
+
+@cache
+def check_isolation() -> None:
+    """Run an empty program, once per process. Only of that one is it believed what the kernel does not restrict.
+
+    Raises:
+        ToolkitError: the isolation is not to be had here.
+    """
+    found = _run("", (), Limits(wall_seconds=120.0), "", True)
+    if found.status != "passed":
+        raise ToolkitError(f"the sandbox needs {found.error}, got another.")
+
+
+def _run(code: str, tests: Sequence[str], limits: Limits, stdin: str, strict: bool) -> Outcome:
     if len(tests) > MOST_TESTS:
         raise ToolkitError(f"tests must have <= {MOST_TESTS} entries, got {len(tests)}.")
     if not sys.platform.startswith("linux"):
@@ -130,13 +148,13 @@ def _watched(folder: str, standard_input: Any, limits: Limits, tests: int, stric
         said = _said(result_out)
         os.close(result_out)
     text = output.decode("utf-8", "replace")
-    if "missing" in said:
-        raise ToolkitError(f"the sandbox needs a kernel that restricts {' and '.join(said['missing'])}, got another.")
     if ended is not None:
         return Outcome(ended, [], f"stopped: {ended}", text)
     if process.returncode < 0:
-        name = signal.Signals(-process.returncode).name
-        return Outcome("killed", [], f"killed by {name}", text)
+        return Outcome("killed", [], f"killed by {_signal_name(-process.returncode)}", text)
+    missing = said.get("missing")
+    if isinstance(missing, list):
+        return Outcome("failed", [], f"a kernel that restricts {' and '.join(map(str, missing))}", text)
     passed = said.get("passed")
     # Code that found the descriptor may have written it, and a share must be from 0 to 1.
     if said.get("key") != key or not isinstance(passed, list) or not all(isinstance(one, bool) for one in passed):
@@ -174,10 +192,18 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
+def _signal_name(number: int) -> str:
+    """Real-time signals have no names."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def _said(descriptor: int) -> dict[str, Any]:
     """What the process wrote to its result; nothing where that is no JSON object."""
     try:
         found = json.loads(os.read(descriptor, 1 << 16) or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
