@@ -50,6 +50,7 @@ EVERYWHERE = {
     "registry",
     "sentences",
     "strict_json",
+    "whole_shapes",
 }
 KNOW_TRANSFORMERS = {"patching", "exporting", "testing", "cli", "training", "loading", "chat"}
 

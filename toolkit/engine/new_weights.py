@@ -9,7 +9,7 @@ from toolkit.engine.async_engine import AsyncEngine
 from toolkit.engine.leading import LeadingEngine
 from toolkit.engine.pooling.queue import PoolingQueue
 from toolkit.errors import ToolkitError
-from toolkit.modules.tensor_parallel import WHOLE_SHAPES
+from toolkit.whole_shapes import whole_shapes
 
 
 def _own_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
@@ -34,7 +34,7 @@ def check_new_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Names are those without adapters.
     """
     state = {name: tensor for name, (_, tensor) in _own_tensors(model).items()}
-    split: dict[str, list[int]] = getattr(model, WHOLE_SHAPES, {})
+    split = whole_shapes(model)
     for name in state:
         if name not in weights:
             raise ToolkitError(f"the new weights must have {name}, which they lack.")

@@ -11,6 +11,7 @@ from toolkit.loading.model import DTYPES, load_weights, read_config
 from toolkit.loading.source import ADAPTER, CONFIG, Source, find_source
 from toolkit.loading.tensors import tensor_headers
 from toolkit.sentences import shown
+from toolkit.whole_shapes import whole_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,9 +66,7 @@ def _check_tensors(folder: Path, model: "nn.Module", field: str) -> None:
 
     Checkpoints may hold tensors under other names than the model's; those are compared when they are converted.
     """
-    from toolkit.modules.tensor_parallel import WHOLE_SHAPES
-
-    state, split = model.state_dict(), getattr(model, WHOLE_SHAPES, {})
+    state, split = model.state_dict(), whole_shapes(model)
     for name, (dtype, shape) in tensor_headers(folder).items():
         there = state.get(name)
         if there is None:

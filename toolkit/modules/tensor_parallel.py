@@ -15,8 +15,6 @@ Linear = Callable[..., Tensor]
 """``toolkit.modules.linear.autocast_linear`` or ``torch.nn.functional.linear``."""
 GROUP = "tensor_parallel_group"
 """The attribute of a forward of this file that names its process group."""
-WHOLE_SHAPES = "_toolkit_whole_shapes"
-"""The attribute of a split model that has the shapes of its parameters over all ranks, by name."""
 
 
 def group_of_forward(module: nn.Module) -> str | None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from toolkit.errors import ToolkitError, first_line
 from toolkit.modules.linear import autocast_linear
 from toolkit.modules.tensor_parallel import (
-    WHOLE_SHAPES,
     column_forward,
     gathered_row_forward,
     reduced_row_forward,
@@ -33,6 +32,7 @@ from toolkit.patching.record import put_record, record_of
 from toolkit.patching.sharding import check_unsharded, check_unsplit
 from toolkit.patching.tensor_parallel.check import check_equal, difference, look
 from toolkit.patching.tensor_parallel.plan import COLUMN, Plan, plan_of
+from toolkit.whole_shapes import ATTRIBUTE
 
 __all__ = ["TensorParallel", "parallel_of", "tensor_parallel"]
 
@@ -141,7 +141,7 @@ class TensorParallel(ShardedParameters):
             setattr(module, DISPATCHER, self._dispatcher)
         model.__dict__[_SAVE] = partial(_refuse_to_save, type(model).__name__)
         own = model.named_parameters(remove_duplicate=False)
-        model.__dict__[WHOLE_SHAPES] = {name: self.whole_shape(parameter) for name, parameter in own}
+        model.__dict__[ATTRIBUTE] = {name: self.whole_shape(parameter) for name, parameter in own}
         attach(model, _PARALLEL, self)
         self._undo = tuple(undo)
         self._note_forwards(model)
@@ -159,7 +159,7 @@ class TensorParallel(ShardedParameters):
         for module in self._plan.experts:
             delattr(module, DISPATCHER)
         model.__dict__.pop(_SAVE, None)
-        del model.__dict__[WHOLE_SHAPES]
+        del model.__dict__[ATTRIBUTE]
         detach(model, _PARALLEL)
         self._note_forwards(model)
 
