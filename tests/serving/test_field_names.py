@@ -142,14 +142,15 @@ def test_what_shows_while_tokens_come_is_a_400_without_a_class(web):
     """Alternatives side by side are too many for llguidance's row only once the output has begun."""
     schema = {"anyOf": [{"type": "object", "properties": {f"p{at}": {"type": "string"}}} for at in range(300)]}
     again = {"max_tokens": 40, "seed": 1}
-    sampled = {TOKENS: {"sampling_params": again}, MESSAGES: {"max_tokens": 40}, RESPONSES: {"max_output_tokens": 40}}
+    sampled = {TOKENS: {"sampling_params": again}, MESSAGES: {"max_tokens": 40, "temperature": 0}}
+    sampled[RESPONSES] = {"max_output_tokens": 40, "temperature": 0}
     for path, fields, param in forms(schema):
         more = sampled.get(path, {"options": {"num_predict": 40, "seed": 1}} if path.startswith("/api") else again)
         if path == TOKENS:
             fields = {"sampling_params": {**fields["sampling_params"], **again}}
             more = {}
         check(web, path, {**fields, **more}, param, "cannot be followed further (it has too much that may come next in")
-    fields = {**BODIES[CHAT], "structured_outputs": {"json": schema}, "stream": True}
+    fields = {**BODIES[CHAT], **again, "structured_outputs": {"json": schema}, "stream": True}
     events = web.post(CHAT, json=fields).text
     assert '"message":"structured_outputs cannot be followed further (it has too much' in events
     assert '"param":"structured_outputs"' in events
