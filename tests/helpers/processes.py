@@ -1,12 +1,40 @@
-"""Gloo processes on this machine, started by torchrun (``accelerate launch`` starts CPU processes by mpirun)."""
+"""Commands that are read as they run; and gloo processes, by torchrun (``accelerate launch`` starts them by mpirun)."""
 
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+}  # fmt: skip
+"""Of a command that is read line by line."""
+
+
+def start(command: Sequence[str], seconds: float, **options: Any) -> "subprocess.Popen[str]":
+    """A process, which lives for so many seconds at most; ``read_until`` reads its output and errors."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **{"env": ENVIRONMENT} | options
+    )
+    timer = threading.Timer(seconds, process.kill)
+    timer.daemon = True
+    timer.start()
+    return process
+
+
+def read_until(process: "subprocess.Popen[str]", text: str) -> str:
+    """What the process says up to a line with ``text``."""
+    said = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        said += line
+        if text in line:
+            return said
+    raise AssertionError(said)
 
 
 def run_processes(script: str, *arguments: Any, says: str, processes: int = 2, seconds: int = 200) -> None:

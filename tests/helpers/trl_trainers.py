@@ -46,14 +46,8 @@ def write_start(trainer: Trainer, folder: Path) -> None:
     trainer.tokenizer.save_pretrained(str(folder))
 
 
-def losses(name: str) -> list[float]:
-    """The loss of every optimizer step of TRL's trainer, unrounded."""
-    from tests.helpers.recipe_runs import recipe_of
-
-    recipe, given = recipe_of(name), json.loads(Path(f"{name}-whole.json").read_text())
-    objective: Any = recipe.objective
-    kind = objective.kind
-    trainer = _TRAINERS[kind](recipe, objective, given, AutoTokenizer.from_pretrained("start"))
+def trained_losses(trainer: Any) -> list[float]:
+    """Train with TRL's trainer; the loss of every micro-batch, unrounded."""
     found: list[float] = []
     training_step = trainer.training_step
 
@@ -64,6 +58,17 @@ def losses(name: str) -> list[float]:
 
     trainer.training_step = recorded
     trainer.train()
+    return found
+
+
+def losses(name: str) -> list[float]:
+    """The loss of every optimizer step of TRL's trainer, unrounded."""
+    from tests.helpers.recipe_runs import recipe_of
+
+    recipe, given = recipe_of(name), json.loads(Path(f"{name}-whole.json").read_text())
+    objective: Any = recipe.objective
+    kind = objective.kind
+    found = trained_losses(_TRAINERS[kind](recipe, objective, given, AutoTokenizer.from_pretrained("start")))
     each = recipe.train.gradient_accumulation_steps
     return [sum(found[at : at + each]) for at in range(0, len(found), each)]
 

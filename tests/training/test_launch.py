@@ -6,20 +6,20 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers import processes
 from tests.helpers.listeners import LOOPBACK, listening
+from tests.helpers.processes import ENVIRONMENT, read_until
 from tests.helpers.training_recipes import tiny_recipe, write_corpus
 from toolkit.cli import launch, main
 from toolkit.config import dump
 from toolkit.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 CLI = [sys.executable, "-m", "toolkit.cli"]
 
 
@@ -33,23 +33,7 @@ def write_recipe(folder: Path, **train: Any) -> Path:
 
 def start(*words: str) -> "subprocess.Popen[str]":
     """A run that lives for three minutes at most."""
-    process = subprocess.Popen(
-        [*CLI, "train", *words], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    timer = threading.Timer(180, process.kill)
-    timer.daemon = True
-    timer.start()
-    return process
-
-
-def read_until(process: "subprocess.Popen[str]", text: str) -> str:
-    said = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        said += line
-        if text in line:
-            return said
-    raise AssertionError(said)
+    return processes.start([*CLI, "train", *words], 180)
 
 
 def children_of(process: "subprocess.Popen[str]") -> list[int]:

@@ -62,6 +62,8 @@ def of_trl(base: Path, make: Any, config: Any, lines: list[dict[str, Any]], outp
     """The losses of TRL's trainer."""
     from datasets import Dataset
 
+    from tests.helpers.trl_trainers import trained_losses
+
     arguments = config(
         output_dir=str(output / "trl"), max_steps=STEPS, per_device_train_batch_size=PAIRS, learning_rate=1e-3,
         lr_scheduler_type="constant", max_grad_norm=1.0, use_cpu=True, bf16=False, gradient_checkpointing=False,
@@ -72,17 +74,7 @@ def of_trl(base: Path, make: Any, config: Any, lines: list[dict[str, Any]], outp
     tokenizer = AutoTokenizer.from_pretrained(str(base / "model"))
     tokenizer.bos_token = None  # CPO's would add it, although the tokenizer does not
     trainer = make(model=model, args=arguments, train_dataset=Dataset.from_list(lines), processing_class=tokenizer)
-    found: list[float] = []
-    step = trainer.training_step
-
-    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = step(*args, **kwargs)
-        found.append(float(loss))
-        return loss
-
-    trainer.training_step = recorded
-    trainer.train()
-    return found
+    return trained_losses(trainer)
 
 
 @pytest.mark.sweep

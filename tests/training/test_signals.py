@@ -5,7 +5,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.helpers import processes
 from tests.helpers.objective_recipes import LOWER, objective_recipe
+from tests.helpers.processes import ENVIRONMENT, read_until
 from tests.helpers.training_recipes import tiny_recipe, write_corpus
 from toolkit.cli.resume import resume_command
 from toolkit.config import dump
@@ -24,36 +25,12 @@ from toolkit.training.metrics import read_metrics
 from toolkit.training.signals import Interrupted, StopRequest
 
 HERE = Path(__file__).parent
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(HERE.parents[1]),
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONUNBUFFERED": "1",
-}
 CLI = [sys.executable, "-m", "toolkit.cli"]
 
 
 def start(words: list[str], folder: Path, program: list[str] = CLI, **options: Any) -> "subprocess.Popen[str]":
     """A process that lives for a minute at most."""
-    process = subprocess.Popen(
-        [*program, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        **{"env": ENVIRONMENT} | options,
-    )  # fmt: skip
-    timer = threading.Timer(60, process.kill)
-    timer.daemon = True
-    timer.start()
-    return process
-
-
-def read_until(process: "subprocess.Popen[str]", text: str) -> str:
-    """What the process says up to a line with ``text``."""
-    said = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        said += line
-        if text in line:
-            return said
-    raise AssertionError(said)
+    return processes.start([*program, *words], 60, cwd=folder, **options)
 
 
 def end(process: "subprocess.Popen[str]") -> tuple[int, str]:

@@ -29,12 +29,12 @@ from toolkit.engine.request_handle import (
     until_closed,
     wake,
 )
-from toolkit.engine.step_gate import StepGate
+from toolkit.engine.step_gate import Gated, StepGate
 
 Result = TypeVar("Result")
 
 
-class AsyncEngine:
+class AsyncEngine(Gated):
     """An ``Engine`` on a thread that steps it: requests may come from any number of threads and event loops.
 
     Every method may be called from any thread. The thread starts with the first request, or by ``start``. Use it as a
@@ -45,6 +45,8 @@ class AsyncEngine:
         max_queued_seqs: most sequences that wait or run; ``submit`` raises beyond. None for no bound.
         listener: is told what happens to requests.
     """
+
+    engine: Engine
 
     def __init__(
         self, engine: Engine, *, max_queued_seqs: int | None = None, listener: EngineListener | None = None
@@ -165,40 +167,15 @@ class AsyncEngine:
         """``Engine.stats`` as of the last step, cancellation or ``call``: whoever is told of one finds it counted."""
         return self._stats
 
-    def pause(self) -> contextlib.AbstractContextManager[None]:
-        """No step runs inside, so that weights may be written. Several threads pause one after the other."""
-        return self._gate.pause()
-
     @property
     def is_paused(self) -> bool:
         """Whether no step may run: inside ``pause``, or between ``pause_generation`` and ``resume_generation``."""
         return self._gate.closed
 
-    def pause_generation(self) -> None:
-        """Run no step until ``resume_generation``. Requests keep what they have, and new ones wait."""
-        self._gate.hold()
-
-    def resume_generation(self) -> None:
-        """Continue after ``pause_generation``."""
-        self._gate.release()
-
-    @property
-    def generation_paused(self) -> bool:
-        """Whether ``pause_generation`` is in effect."""
-        return self._gate.held
-
     @property
     def has_requests(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self._handles)
-
-    def sleep(self) -> None:
-        """``Engine.sleep`` between two steps."""
-        self.call(self.engine.sleep)
-
-    def wake(self) -> None:
-        """``Engine.wake``."""
-        self.call(self.engine.wake)
 
     def shutdown(
         self,

@@ -2,7 +2,11 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 class StepGate:
@@ -70,3 +74,43 @@ class StepGate:
         with self._changed:
             self._stepping = False
             self._changed.notify_all()
+
+
+class Gated(ABC):
+    """What the owner of an engine's thread offers to those who keep it from stepping.
+
+    Attributes:
+        engine: whose steps the thread runs.
+    """
+
+    engine: Any
+    _gate: StepGate
+
+    @abstractmethod
+    def call(self, function: Callable[[], Result]) -> Result:
+        """What ``function`` returns on the thread, between two steps. Waits for it."""
+
+    def pause(self) -> contextlib.AbstractContextManager[None]:
+        """No step runs inside, so that weights may be written. Several threads pause one after the other."""
+        return self._gate.pause()
+
+    def pause_generation(self) -> None:
+        """Run no step until ``resume_generation``. Requests keep what they have, and new ones wait."""
+        self._gate.hold()
+
+    def resume_generation(self) -> None:
+        """Continue after ``pause_generation``."""
+        self._gate.release()
+
+    @property
+    def generation_paused(self) -> bool:
+        """Whether ``pause_generation`` is in effect."""
+        return self._gate.held
+
+    def sleep(self) -> None:
+        """The engine's ``sleep`` between two steps."""
+        self.call(self.engine.sleep)
+
+    def wake(self) -> None:
+        """The engine's ``wake``."""
+        self.call(self.engine.wake)

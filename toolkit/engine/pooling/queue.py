@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from toolkit.engine.pooling.engine import Pooled, PoolingEngine, PoolingInput
 from toolkit.engine.pooling.params import PoolingParams
 from toolkit.engine.request_handle import SHUTTING_DOWN, EngineUnavailable
-from toolkit.engine.step_gate import StepGate
+from toolkit.engine.step_gate import Gated, StepGate
 
 Result = TypeVar("Result")
 
@@ -45,7 +45,7 @@ class _Job:
     found: dict[int, Pooled] = field(default_factory=dict)
 
 
-class PoolingQueue:
+class PoolingQueue(Gated):
     """A ``PoolingEngine`` on a thread: requests may come from any number of threads and event loops.
 
     Each forward takes as many waiting sequences as it has room for, in the order in which they came.
@@ -58,6 +58,8 @@ class PoolingQueue:
         failure: what ended the thread, if it has failed.
         draining: whether new requests are rejected.
     """
+
+    engine: PoolingEngine
 
     def __init__(self, engine: PoolingEngine, *, max_queued_seqs: int | None = None) -> None:
         self.engine = engine
@@ -116,36 +118,11 @@ class PoolingQueue:
             waiting, version = self._num_queued() - running, self.engine.weight_version
         return {"num_requests_running": running, "num_requests_waiting": waiting, "weight_version": version}
 
-    def pause(self) -> contextlib.AbstractContextManager[None]:
-        """No forward runs inside, so that weights may be written."""
-        return self._gate.pause()
-
-    def pause_generation(self) -> None:
-        """Run no forward until ``resume_generation``; requests wait. Returns when none runs."""
-        self._gate.hold()
-
-    def resume_generation(self) -> None:
-        """Continue after ``pause_generation``."""
-        self._gate.release()
-
-    @property
-    def generation_paused(self) -> bool:
-        """Whether ``pause_generation`` is in effect."""
-        return self._gate.held
-
     @property
     def has_requests(self) -> bool:
         """Whether any sequence waits or runs."""
         with self._changed:
             return self._num_queued() > 0
-
-    def sleep(self) -> None:
-        """``PoolingEngine.sleep`` between two forwards."""
-        self.call(self.engine.sleep)
-
-    def wake(self) -> None:
-        """``PoolingEngine.wake``."""
-        self.call(self.engine.wake)
 
     def call(self, function: Callable[[], Result]) -> Result:
         """What ``function`` returns on the thread, between two forwards. Waits for it."""
