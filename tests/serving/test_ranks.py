@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ def post(server: ServerProcess, path: str, body: Any) -> Any:
         return json.load(response)
 
 
+def error_of(server: ServerProcess, path: str, body: Any) -> tuple[int, str]:
+    """The status and the sentence of an error."""
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        post(server, path, body)
+    return raised.value.code, json.load(raised.value)["error"]["message"]
+
+
 def others(server: ServerProcess) -> list[int]:
     """Processes of the other ranks."""
     listed = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
@@ -79,6 +87,12 @@ def test_several_ranks_serve_as_one_process_and_end_together(folder: Path, tmp_p
             assert listening(process) <= LOOPBACK
         with urllib.request.urlopen(f"{server.url}/get_world_size", timeout=200) as response:
             assert json.load(response) == {"world_size": 2}
+        adapter = {"lora_name": "a", "lora_path": str(tmp_path)}
+        for path in ("/v1/load_lora_adapter", "/load_lora_adapter", "/v1/unload_lora_adapter"):
+            said = "The served model is split over ranks, which takes no adapters; merge them into its weights."
+            assert error_of(server, path, adapter) == (400, said)
+        status, said = error_of(server, "/export", {"path": str(tmp_path / "out"), "to": "hf"})
+        assert (status, "split over ranks" in said) == (400, True)
         for process in ranks:  # as systemd does, which signals all processes: the first rank finishes what runs
             os.kill(process, signal.SIGTERM)
         updated = post(server, "/update_weights", {"weight_dir": str(other)})

@@ -81,3 +81,64 @@ def test_greedy_tokens_are_certain_and_nobody_gets_what_was_not_asked_for(web):
     assert "sampling_logprobs" not in plain["choices"][0]
     wrong = web.post(TOKENS, json={"token_ids": PROMPT, "sampling_params": {"return_sampling_logprobs": True}})
     assert wrong.json()["error"]["message"] == "'sampling_params' must have no 'return_sampling_logprobs'."
+
+
+ASKED = {"temperature": 0.5, "seed": 3, "top_k": 3}
+RESPONSES = {"input": "hi", "max_output_tokens": 6, **ASKED, "include": ["message.output_text.logprobs"]}
+OLLAMA = {"model": "tiny", "options": {**ASKED, "num_predict": 6}, "logprobs": True, "stream": False}
+
+
+def text_entries(reply):
+    return reply["output"][0]["content"][0]["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "entries"),
+    [
+        ("/v1/responses", RESPONSES, text_entries),
+        ("/api/chat", {**OLLAMA, "messages": [{"role": "user", "content": "hi"}]}, lambda reply: reply["logprobs"]),
+        ("/api/generate", {**OLLAMA, "prompt": "hi"}, lambda reply: reply["logprobs"]),
+    ],
+)
+def test_protocols_that_show_log_probabilities_show_both(web, path, body, entries):
+    chat = {"messages": [{"role": "user", "content": "hi"}], **ASKED, "max_tokens": 6, "logprobs": True}
+    (choice,) = web.post(CHAT, json={**chat, "return_sampling_logprobs": True}).json()["choices"]
+    asked = {**body, "return_sampling_logprobs": True}
+    whole = entries(web.post(path, json=asked).json())
+    assert [one["sampling_logprob"] for one in whole] == choice["sampling_logprobs"]
+    assert [one["logprob"] for one in whole] == raw_of(choice) != choice["sampling_logprobs"]
+    lines = [one.removeprefix("data: ") for one in web.post(path, json={**asked, "stream": True}).text.splitlines()]
+    events = [json.loads(one) for one in lines if one.startswith("{")]
+    if path == "/v1/responses":
+        assert text_entries(events[-1]["response"]) == whole
+        events = [one for one in events if one["type"] == "response.output_text.delta"]
+    assert [entry for one in events for entry in one.get("logprobs", [])] == whole
+    assert all("sampling_logprob" not in one for one in entries(web.post(path, json=body).json()))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        (
+            "/v1/responses",
+            {"input": "hi"},
+            "'return_sampling_logprobs' is true, but 'include' does not have 'message.output_text.logprobs'.",
+        ),
+        (
+            "/api/chat",
+            {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]},
+            "'return_sampling_logprobs' is true, but 'logprobs' is not true.",
+        ),
+        (
+            "/v1/messages",
+            {"max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]},
+            "'return_sampling_logprobs' is True, but this server does not offer 'return_sampling_logprobs'; "
+            "its protocol has no place for log-probabilities, use /v1/chat/completions.",
+        ),
+    ],
+)
+def test_where_they_cannot_be_shown(web, path, body, said):
+    response = web.post(path, json={**body, "return_sampling_logprobs": True})
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert (error if isinstance(error, str) else error["message"]) == said

@@ -132,7 +132,7 @@ def test_a_model_without_a_tokenizer():
     with client:
         for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
             assert "has no tokenizer" in refused(client, path, **body)
-        assert "has no chat template" in refused(client, "/apply-template", messages=CHAT)
+        assert "needs a chat template" in refused(client, "/apply-template", messages=CHAT)
         assert client.get("/tokenizer_info").status_code == 404
 
 

@@ -49,10 +49,10 @@ def test_a_document_that_the_template_does_not_show_is_an_error_that_names_it(te
         if at is None:
             assert texts.chat_text(messages, chat_template_kwargs=kwargs) == "<a: a page><b: a block>[user]hi"
             continue
-        words = rf"The model's chat template shows nothing of 'documents\[{at}\]'; leave 'documents' out"
+        words = rf"'chat_template_kwargs.documents\[{at}\]' must be left out: the model's chat template shows nothing"
         with pytest.raises(RequestError, match=words) as raised:
             texts.chat_text(messages, chat_template_kwargs=kwargs)
-        assert raised.value.param == f"documents[{at}]"
+        assert raised.value.param == f"chat_template_kwargs.documents[{at}]"
     assert texts.chat_text(messages, chat_template_kwargs={"documents": []}).endswith("[user]hi")
 
 

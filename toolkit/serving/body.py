@@ -41,7 +41,9 @@ INSTEAD = {
     "extra_body": "its fields stand beside the others",
     "function_call": "use 'tool_choice'",
     "functions": "use 'tools'",
+    "logprobs": "its protocol has no place for log-probabilities, use /v1/chat/completions",
     "prompt_embeds": "'prompt' is text or token ids",
+    "return_sampling_logprobs": "its protocol has no place for log-probabilities, use /v1/chat/completions",
     "use_beam_search": "LLM.beam_search does it in process",
 }
 """What a client does about some of these."""

@@ -23,6 +23,11 @@ def of_form(field: str) -> dict[str, str]:
     return {"structured_outputs": field} | {f"structured_outputs.{kind}": field for kind in FORM_KINDS}
 
 
+def of_variables(fields: Mapping[str, str]) -> dict[str, str]:
+    """Names for a body that sets variables of the chat template in ``fields``, by variable."""
+    return {f"chat_template_kwargs.{name}": field for name, field in fields.items()}
+
+
 @contextmanager
 def naming(names: Mapping[str, str]) -> Iterator[None]:
     """Raise ToolkitErrors of the block about the fields that ``names`` has in the place of others."""

@@ -17,7 +17,7 @@ from toolkit.serving.body import Body
 from toolkit.serving.errors import RequestError
 from toolkit.serving.field_names import named, naming
 from toolkit.serving.parsing import parse
-from toolkit.serving.reply_plan import ReplyPlan, ReplyPlanner
+from toolkit.serving.reply_plan import ReplyPlanner
 from toolkit.serving.request_log import record_of
 from toolkit.serving.texts import Texts
 
@@ -148,10 +148,6 @@ class Generation:
             return replace(made, field_names=asked.field_names) if isinstance(made, Asked) else made
 
         return read
-
-    def plan(self, *given: Any) -> ReplyPlan:
-        """``ReplyPlanner.plan``."""
-        return self.replies.plan(*given)
 
     def sampling_params(
         self, given: dict[str, Any], prompts: Sequence[Any], logprobs: int | None, **defaults: Any

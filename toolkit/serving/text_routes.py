@@ -12,6 +12,7 @@ from toolkit.sentences import shown
 from toolkit.serving.base import Base
 from toolkit.serving.body import Body
 from toolkit.serving.errors import Json, RequestError
+from toolkit.serving.field_names import naming
 from toolkit.serving.generation import Generation
 from toolkit.serving.openai.messages import Message
 from toolkit.serving.openai.requests import MAX_MESSAGES, ChatRequest, Conversation
@@ -119,6 +120,10 @@ def add_text_routes(base: Base, texts: Texts, tokens_of: Callable[[str, bool], l
     def tokenize(raw: bytes) -> Json:
         asked = parse(TokenizeRequest, raw)
         base.check_model(asked.model)
+        with naming(asked.field_names):
+            return tokenized(asked)
+
+    def tokenized(asked: TokenizeRequest) -> Json:
         special = asked.prompt is not None if asked.add_special_tokens is None else asked.add_special_tokens
         if asked.prompt is not None:
             tokens = tokens_of(asked.prompt, special)
@@ -146,7 +151,8 @@ def add_text_routes(base: Base, texts: Texts, tokens_of: Callable[[str, bool], l
         asked = parse(TemplateRequest, raw)
         base.check_model(asked.model)
         needed = asked.choice.mode != "none"
-        return {"prompt": texts.chat_text(asked.messages, True, tools_needed=needed, **asked.template_options())}
+        with naming(asked.field_names):
+            return {"prompt": texts.chat_text(asked.messages, True, tools_needed=needed, **asked.template_options())}
 
     def add(path: str, read: Callable[[bytes], Json], body: type[Body], response: type[BaseModel]) -> None:
         @app.post(

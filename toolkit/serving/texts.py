@@ -32,6 +32,8 @@ from toolkit.serving.errors import RequestError
 from toolkit.serving.images import MAX_PIXELS, read_url
 
 METASPACE = "▁"
+VARIABLES = "chat_template_kwargs"
+"""What errors call the variables of a chat template; a body says in ``field_names`` which fields they come from."""
 
 
 class Texts:
@@ -136,7 +138,8 @@ class Texts:
         template = getattr(self._processor, "chat_template", None) or getattr(self._tokenizer, "chat_template", None)
         if self._tokenizer is None or not template:
             raise RequestError(
-                "The served model has no chat template; use /v1/completions with a 'prompt' instead.",
+                "'messages' needs a chat template, which the served model does not have; use /v1/completions with a "
+                "'prompt', or start the server with --chat-template.",
                 "messages",
             )
         chat, fields = with_tool_names([message.for_template() for message in messages]), _fields(messages)
@@ -152,7 +155,7 @@ class Texts:
             ),
             "continue_final_message": continue_final_message,
             "chat_template": template if isinstance(template, str) else None,  # a tokenizer may have several by name
-            "chat_template_kwargs": chat_template_kwargs,
+            VARIABLES: chat_template_kwargs,
         }
         text = self._rendered(chat, options)
         if tools or any(message.get("tool_calls") for message in chat):
@@ -163,8 +166,8 @@ class Texts:
                 what = f"The model's chat template shows nothing of the tool {shown(hidden[0])} in '{field}'."
                 raise RequestError(what, field)
         for at in hidden_documents(self._tokenizer, chat, **options)[:1]:
-            message = f"The model's chat template shows nothing of 'documents[{at}]'; leave 'documents' out."
-            raise RequestError(message, f"documents[{at}]")
+            field = f"{VARIABLES}.documents[{at}]"
+            raise RequestError(f"'{field}' must be left out: the model's chat template shows nothing of it.", field)
         for at in dropped_messages(self._tokenizer, chat, **options):
             role = shown(chat[at]["role"])
             message = f"The model's chat template shows nothing of '{fields[at]}', whose role is {role}."
@@ -178,14 +181,32 @@ class Texts:
         try:
             return render(self._tokenizer, chat, **options)
         except TemplateVariableError as error:
-            field = "chat_template_kwargs"
             raise RequestError(
-                f"'{field}' must have variables of the chat template alone: {error.reason}.", field
+                f"'{VARIABLES}' must have variables of the chat template alone: {error.reason}.", VARIABLES
             ) from None
         except ChatTemplateError as error:
             field = "tools" if options["tools"] and self._renders(chat, {**options, "tools": []}) else "messages"
-            message = f"The model's chat template rejects these {field} ({error.reason})."
+            variable = self._rejected_variable(chat, options)
+            if variable is not None:
+                field, value = f"{VARIABLES}.{variable}", shown(options[VARIABLES][variable])
+                message = f"'{field}' must be what the model's chat template takes ({error.reason}), got {value}."
+            else:
+                message = f"The model's chat template rejects these {field} ({error.reason})."
             raise RequestError(message, field) from None
+
+    def _rejected_variable(self, chat: list[dict[str, Any]], options: Mapping[str, Any]) -> str | None:
+        """The first variable with which the chat renders no more; None for a chat that does not without any."""
+        given: list[tuple[str, Any]] = list((options[VARIABLES] or {}).items())
+        if not given or not self._renders(chat, {**options, VARIABLES: {}}):
+            return None
+        low, high = 0, len(given)  # renders with the first ``low`` variables, and not with the first ``high``
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._renders(chat, {**options, VARIABLES: dict(given[:middle])}):
+                low = middle
+            else:
+                high = middle
+        return given[low][0]
 
     def _renders(self, chat: list[dict[str, Any]], options: Mapping[str, Any]) -> bool:
         try:

@@ -5,6 +5,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,46 +55,51 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos: frozenset[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, eos
-        self._lock, self._one_at_a_time = threading.Lock(), threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._vocabulary: Vocabulary | None = None
         self._compiled: OrderedDict[StructuredOutputsParams, CompiledGrammar] = OrderedDict()
+        self._compiling: dict[StructuredOutputsParams, Future[CompiledGrammar]] = {}
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
-        """The grammar of ``params``.
+        """The grammar of ``params``; a thread waits for another one that compiles the same, and for no other.
 
         Raises:
             ToolkitError: what cannot be enforced, by its name; the library is missing; the tokenizer cannot be read.
         """
-        found = self._found(params)
-        if found is not None:
-            return found
-        with self._one_at_a_time:
-            found = self._found(params)
-            if found is None:
-                found = CompiledGrammar(self._start(params), self._read_vocabulary())
-                with self._lock:
-                    self._compiled[params] = found
-                    if len(self._compiled) > CACHED:
-                        self._compiled.popitem(last=False)
-            return found
-
-    def terms(self, trigger: str | None = None) -> LarkTerms:
-        """Terms of a grammar for this tokenizer, to put together. Raises ToolkitError as ``compile`` does."""
-        with self._one_at_a_time:
-            return LarkTerms(self._read_vocabulary().special, trigger)
-
-    def _read_vocabulary(self) -> Vocabulary:
-        if self._vocabulary is None:
-            self._vocabulary = Vocabulary(self._tokenizer, self._vocab_size, self._eos)
-        return self._vocabulary
-
-    def _found(self, params: StructuredOutputsParams) -> CompiledGrammar | None:
-        """What is compiled already, without waiting for what is being compiled."""
         with self._lock:
             found = self._compiled.get(params)
             if found is not None:
                 self._compiled.move_to_end(params)
-            return found
+                return found
+            job = self._compiling.get(params)
+            if job is None:
+                mine = self._compiling[params] = Future()
+        if job is not None:
+            return job.result()
+        try:
+            found = CompiledGrammar(self._start(params), self._read_vocabulary())
+            mine.set_result(found)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._compiling[params]
+                if found is not None:
+                    self._compiled[params] = found
+                    if len(self._compiled) > CACHED:
+                        self._compiled.popitem(last=False)
+        return found
+
+    def terms(self, trigger: str | None = None) -> LarkTerms:
+        """Terms of a grammar for this tokenizer, to put together. Raises ToolkitError as ``compile`` does."""
+        return LarkTerms(self._read_vocabulary().special, trigger)
+
+    def _read_vocabulary(self) -> Vocabulary:
+        with self._reading:
+            if self._vocabulary is None:
+                self._vocabulary = Vocabulary(self._tokenizer, self._vocab_size, self._eos)
+            return self._vocabulary
 
     def _start(self, params: StructuredOutputsParams) -> "LLMatcher":
         vocabulary = self._read_vocabulary()

@@ -56,7 +56,7 @@ def add_adapters(generation: Generation, guarded: list[params.Depends]) -> None:
                 )
             except RequestError as error:
                 # As vLLM says it; a trainer asks again for what a shared disk does not show yet.
-                if not await asyncio.to_thread(_has_files, asked.lora_path):
+                if error.param == "lora_path" and not await asyncio.to_thread(_has_files, asked.lora_path):
                     error.status = 404
                 raise
             models.adapters[asked.lora_name] = asked.lora_path

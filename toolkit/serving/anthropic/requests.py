@@ -14,7 +14,7 @@ from toolkit.serving.anthropic.blocks import Block, InputMessage, TextBlock, as_
 from toolkit.serving.body import Body, short_together
 from toolkit.serving.conversation import Chat, ChatMessage, check_results, merged
 from toolkit.serving.errors import Json, RequestError
-from toolkit.serving.field_names import of_form
+from toolkit.serving.field_names import of_form, of_variables
 from toolkit.serving.openai.requests import MAX_MESSAGES
 from toolkit.serving.openai.sampling import MAX_STOP_CHARACTERS, MAX_STOPS
 
@@ -36,7 +36,9 @@ IGNORED = (
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "container": (),
     "context_management": ({}, {"edits": []}),
+    "logprobs": (False,),
     "mcp_servers": ([],),
+    "return_sampling_logprobs": (False,),
     "speed": ("standard",),
 }
 """Fields of the API that are not offered, each with the values that ask for nothing."""
@@ -167,7 +169,8 @@ class CountTokensRequest(Body):
     @property
     def field_names(self) -> dict[str, str]:
         """What this body calls fields that errors of the engine are about."""
-        return {"prompt": "messages"}
+        variables = {"enable_thinking": "thinking", "thinking": "thinking", "reasoning_effort": "output_config.effort"}
+        return {"prompt": "messages", **of_variables(variables)}
 
     @property
     def output_schema(self) -> Json | None:

@@ -49,7 +49,7 @@ def add_routes(generation: Generation) -> None:
         served = base.check_model(asked.model)
         chat, given = asked.chat(), asked.sampling()
         prompt = chat_prompt(texts, chat)
-        plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued)
+        plan = generation.replies.plan(prompt, chat.tools, chat.choice, given, chat.continued)
         sampling = {**given, **plan.params, **served.sampling}
         prompts, params = generation.sampling_params(sampling, [prompt], None)
         show = asked.thinking is None or asked.thinking.display != "omitted"

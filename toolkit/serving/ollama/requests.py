@@ -13,7 +13,7 @@ from toolkit.sentences import shown
 from toolkit.serving.body import Body, one_or_several, short_together
 from toolkit.serving.conversation import Chat, ChatMessage, Image, merged, system_first
 from toolkit.serving.errors import Json
-from toolkit.serving.field_names import of_form
+from toolkit.serving.field_names import of_form, of_variables
 from toolkit.serving.openai.requests import MAX_MESSAGES
 from toolkit.serving.openai.sampling import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_LOGPROBS
 from toolkit.strict_json import strict_json
@@ -169,7 +169,14 @@ def as_messages(messages: list[OllamaMessage]) -> list[ChatMessage]:
 
 
 class OllamaRequest(Body):
-    """What both kinds of requests have."""
+    """What both kinds of requests have.
+
+    Args:
+        logprobs: whether the response has an entry for each token.
+        top_logprobs: alternatives in it.
+        return_sampling_logprobs: with ``logprobs``, entries have ``sampling_logprob``, as ``sampling_logprobs`` of a
+            chat by OpenAI's route.
+    """
 
     ignored: ClassVar[tuple[str, ...]] = ("keep_alive",)
     not_offered: ClassVar[dict[str, tuple[Any, ...]]] = {}
@@ -180,6 +187,7 @@ class OllamaRequest(Body):
     think: bool | str | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
+    return_sampling_logprobs: bool = False
 
     @field_validator("think", mode="before", json_schema_input_type=bool | Literal[EFFORTS])
     @classmethod
@@ -195,11 +203,18 @@ class OllamaRequest(Body):
             raise ValueError(f"'format' must be 'json' or a JSON schema, got {shown(form)}.")
         return form
 
+    @model_validator(mode="after")
+    def _sampling_logprobs_need_logprobs(self) -> "OllamaRequest":
+        if self.return_sampling_logprobs and not self.logprobs:
+            raise ValueError("'return_sampling_logprobs' is true, but 'logprobs' is not true.")
+        return self
+
     @property
     def field_names(self) -> dict[str, str]:
         """What this body calls fields that errors of the engine are about."""
         options = {OTHER_OPTIONS.get(name, name): f"options.{name}" for name in OllamaOptions.model_fields}
-        return {**options, **of_form("format")}
+        variables = dict.fromkeys(("enable_thinking", "reasoning_effort", "thinking"), "think")
+        return {**options, **of_form("format"), **of_variables(variables)}
 
     @property
     def num_logprobs(self) -> int | None:

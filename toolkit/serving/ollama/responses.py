@@ -39,10 +39,14 @@ class GenerateResponse:
         texts: of the tokenizer.
         parser: of the model's output.
         logprobs: alternatives at each token; None for no log-probabilities.
+        sampling_logprobs: whether entries of log-probabilities have ``sampling_logprob``.
     """
 
-    def __init__(self, model: str, texts: Texts, parser: OutputParser, logprobs: int | None) -> None:
+    def __init__(
+        self, model: str, texts: Texts, parser: OutputParser, logprobs: int | None, sampling_logprobs: bool = False
+    ) -> None:
         self.model, self.texts, self.parser, self.top = model, texts, parser, logprobs
+        self._sampling_logprobs = sampling_logprobs
         self.finished: Completion | None = None
         self._calls: list[Json] = []
         self._arguments = ""
@@ -59,7 +63,7 @@ class GenerateResponse:
             self._add(parts, event)
         body = {**self._line(parts, True), **self._end(used)}
         if self.top is not None:
-            body["logprobs"] = token_logprobs(self.texts, self.finished, self.top)
+            body["logprobs"] = self._entries(self.finished, self.top)
         yield strict_json(body, ensure_ascii=False, separators=(",", ":")).encode()
 
     def opening(self, used: Usage) -> Iterator[str]:
@@ -67,7 +71,7 @@ class GenerateResponse:
 
     def events(self, index: int, delta: Delta, used: Usage) -> Iterator[str]:
         if self.top is not None:
-            self._logprobs += token_logprobs(self.texts, delta, self.top)
+            self._logprobs += self._entries(delta, self.top)
         found = self.parser.feed(delta.text)
         if delta.finished is not None:
             self.finished = delta.finished
@@ -88,6 +92,9 @@ class GenerateResponse:
         """Fields of a response with what the model said."""
         thinking = {"thinking": parts.thinking} if parts.thinking else {}
         return {"response": parts.content, **thinking}
+
+    def _entries(self, tokens: Completion | Delta, top: int) -> list[Json]:
+        return token_logprobs(self.texts, tokens, top, self._sampling_logprobs)
 
     def _add(self, parts: "_Parts", event: Event) -> None:
         match event:

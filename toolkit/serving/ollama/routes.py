@@ -51,12 +51,13 @@ def add_routes(generation: Generation) -> None:
         if chat is None:
             parser = ReplyReading().parser("")
         else:
-            plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued)
+            plan = generation.replies.plan(prompt, chat.tools, chat.choice, given, chat.continued)
             given, parser = {**given, **plan.params}, plan.parser()
         if "max_tokens" in given and longest is not None:
             given["max_tokens"] = min(given["max_tokens"], max(1, longest - prompt_length(prompt)))
         prompts, params = generation.sampling_params(given, [prompt], asked.num_logprobs, max_tokens=None)
-        return Asked(prompts, params, asked.stream, writer(asked.model, texts, parser, asked.num_logprobs), LINES)
+        written = writer(asked.model, texts, parser, asked.num_logprobs, asked.return_sampling_logprobs)
+        return Asked(prompts, params, asked.stream, written, LINES)
 
     def only_loaded(asked: OllamaRequest, content: Json) -> Response:
         generation.sampling_params(asked.sampling(), [], None)  # checks them

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from toolkit.chat.tools import Tool, ToolChoice
 from toolkit.sentences import shown
 from toolkit.serving.body import Body
+from toolkit.serving.field_names import of_variables
 from toolkit.serving.openai.messages import ROLES, ImagePart, ImageUrl, Message, MessageToolCall, Part
 from toolkit.serving.openai.sampling import CHAT_NAMES, IGNORED, MAX_TOP_LOGPROBS, OTHER_NAMES, Sampling
 from toolkit.serving.openai.tools import MAX_TOOLS, ToolChoiceField, ToolChoiceObject, ToolSpec, checked_choice
@@ -66,6 +67,13 @@ class Conversation(Body):
         if self.continue_final_message and self.messages and self.messages[-1].tool_calls:
             raise ValueError("'continue_final_message' is true, but the last message has 'tool_calls'.")
         return self
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """What this body calls variables of the chat template that other fields set."""
+        own = {"documents": "documents", "enable_thinking": "reasoning_effort", "reasoning_effort": "reasoning_effort"}
+        given = self.chat_template_kwargs
+        return {**super().field_names, **of_variables({name: own[name] for name in own if name not in given})}
 
     def read_tools(self) -> list[Tool]:
         """The tools, in no protocol's form."""

@@ -72,7 +72,7 @@ def add_routes(generation: Generation) -> None:
             **asked.template_options(),
         )
         continued = asked.messages[-1].text if asked.continue_final_message else ""
-        plan = generation.plan(read, tools, choice, given, continued)
+        plan = generation.replies.plan(read, tools, choice, given, continued)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = {**given, **plan.params, **served.sampling}
         prompts, params = generation.sampling_params(sampling, [read], top, max_tokens=None)

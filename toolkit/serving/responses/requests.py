@@ -13,7 +13,7 @@ from toolkit.sentences import shown
 from toolkit.serving.body import Body, one_or_several, short_together
 from toolkit.serving.conversation import Chat, ChatMessage, check_results, merged, system_first
 from toolkit.serving.errors import Json
-from toolkit.serving.field_names import of_form
+from toolkit.serving.field_names import of_form, of_variables
 from toolkit.serving.openai.requests import MAX_MESSAGES
 from toolkit.serving.openai.sampling import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_LOGPROBS
 from toolkit.serving.responses.items import InputItem, ItemPart
@@ -198,7 +198,12 @@ _Items = Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)
 
 
 class ResponsesRequest(Body):
-    """The body of ``POST /v1/responses``; ``input`` is kept as a list of items."""
+    """The body of ``POST /v1/responses``; ``input`` is kept as a list of items.
+
+    Args:
+        return_sampling_logprobs: log-probabilities of the text, which ``include`` must ask for, have
+            ``sampling_logprob``, as ``sampling_logprobs`` of a chat.
+    """
 
     ignored: ClassVar[tuple[str, ...]] = IGNORED
     not_offered: ClassVar[dict[str, tuple[Any, ...]]] = NOT_OFFERED
@@ -224,6 +229,7 @@ class ResponsesRequest(Body):
     presence_penalty: float = 0.0
     priority: int = 0
     repetition_penalty: float = 1.0
+    return_sampling_logprobs: bool = False
     seed: int | None = None
     stop: list[str] = Field([], max_length=MAX_STOPS)
     top_k: int = 0
@@ -279,6 +285,12 @@ class ResponsesRequest(Body):
         return include
 
     @model_validator(mode="after")
+    def _sampling_logprobs_need_logprobs(self) -> "ResponsesRequest":
+        if self.return_sampling_logprobs and LOGPROBS not in self.include:
+            raise ValueError(f"'return_sampling_logprobs' is true, but 'include' does not have '{LOGPROBS}'.")
+        return self
+
+    @model_validator(mode="after")
     def _a_choice_among_the_tools(self) -> "ResponsesRequest":
         choice, known = self.choice(), {one.name for one in self.tools}
         if choice.mode == "required" and not self.tools:
@@ -293,7 +305,9 @@ class ResponsesRequest(Body):
         """What this body calls fields that errors of the engine are about."""
         form = self.text.format if self.text is not None else None
         field = "text.format.schema" if form is not None and form.type == "json_schema" else "text.format"
-        return {**of_form(field), "max_tokens": "max_output_tokens", "messages": "input", "prompt": "input"}
+        effort = dict.fromkeys(("enable_thinking", "reasoning_effort", "thinking"), "reasoning.effort")
+        names = {"max_tokens": "max_output_tokens", "messages": "input", "prompt": "input"}
+        return {**of_form(field), **of_variables(effort), **names}
 
     @property
     def num_logprobs(self) -> int | None:

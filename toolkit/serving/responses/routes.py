@@ -48,7 +48,7 @@ def add_routes(generation: Generation) -> None:
             prompt = shortened_prompt(texts, chat, longest - (asked.max_output_tokens or 1))
         else:
             prompt = chat_prompt(texts, chat)
-        plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued)
+        plan = generation.replies.plan(prompt, chat.tools, chat.choice, given, chat.continued)
         given |= plan.params | served.sampling
         prompts, params = generation.sampling_params(given, [prompt], asked.num_logprobs, max_tokens=None)
         writer = ResponsesWriter(served.name, texts, asked, params[0], plan.parser())

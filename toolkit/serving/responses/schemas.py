@@ -16,6 +16,7 @@ class AlternativeLogprob(_Schema):
 
 
 class OutputLogprob(AlternativeLogprob):
+    sampling_logprob: float | None = None
     top_logprobs: list[AlternativeLogprob]
 
 

@@ -74,7 +74,7 @@ class ResponsesWriter:
 
     def _logprobs_of(self, tokens: Completion | Delta) -> list[Json]:
         top = self.asked.num_logprobs
-        return [] if top is None else token_logprobs(self.texts, tokens, top)
+        return [] if top is None else token_logprobs(self.texts, tokens, top, self.asked.return_sampling_logprobs)
 
     def _events(self, text: str, num_tokens: int, logprobs: Sequence[Json]) -> Iterator[Json]:
         self._logprobs += logprobs
