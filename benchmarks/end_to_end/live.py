@@ -26,7 +26,7 @@ from toolkit.live import Example, LiveConfig, LiveTraining
 
 RANKS = {"a": 4, "b": 8, "c": 32}
 STEP = {"learning_rate": 1e-3}
-MICRO_BATCH = 512
+MICRO_BATCH = 256
 
 
 def examples(seed: int, count: int, length: int) -> list[Example]:

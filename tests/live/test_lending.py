@@ -1,12 +1,14 @@
 """Decode steps inside of forwards and backwards: they come at the borders of modules, and no number changes."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.helpers.live import WAIT, Script, live_engine, training
 from toolkit.engine import SamplingParams
+from toolkit.live import lending as lending_module
 from toolkit.live import worker
 from toolkit.live.lending import Lending
 
@@ -38,11 +40,11 @@ def test_steps_inside_of_training_change_no_bit(engine, tmp_path, monkeypatch):
     events: list[str] = []
     run_parts, step = worker.run_parts, engine.engine.step
 
-    def noted(model, parts):
+    def noted(model, parts, after_rows=None):
         events.append("begin")
         engine.resume_generation()  # the request waits until the first forward runs
         try:
-            return run_parts(model, parts)
+            return run_parts(model, parts, after_rows)
         finally:
             events.append("end")
 
@@ -70,7 +72,7 @@ def test_commands_wait_for_the_function_and_errors_are_its_own(engine):
     lending, events = Lending(engine, 0.0), []
     called = threading.Event()
 
-    def function():
+    def function(border):
         threading.Thread(target=lambda: (called.set(), engine.call(lambda: events.append("command")))).start()
         assert called.wait(WAIT)
         with torch.no_grad():
@@ -79,11 +81,45 @@ def test_commands_wait_for_the_function_and_errors_are_its_own(engine):
         return 7
 
     try:
-        assert lending.run(function) == 7
+        assert lending.run(function, 1) == 7
         engine.call(lambda: None)
         assert events == ["function", "command"]
         with pytest.raises(ZeroDivisionError):
-            lending.run(lambda: 1 / 0)
-        assert lending.run(lambda: 8) == 8
+            lending.run(lambda border: 1 / 0, 1)
+        assert lending.run(lambda border: 8, 1) == 8
+    finally:
+        lending.close()
+
+
+def test_a_step_runs_before_work_that_would_let_it_wait_too_long(monkeypatch):
+    now, steps = [0.0], []
+
+    def step():
+        now[0] += 0.01
+        steps.append(round(now[0], 3))
+
+    stepping = SimpleNamespace(has_work=True, see_weights=lambda: None)
+    engine = SimpleNamespace(engine=stepping, call=lambda function: function(), step_within=step)
+    monkeypatch.setattr(lending_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    lending = Lending(engine, 0.05)
+
+    def function(border):
+        for name, seconds in (("a", 0.02), ("b", 0.015), ("c", 0.012), ("d", 0.001)):
+            border(name, torch.zeros(()))
+            now[0] += seconds
+
+    def begun(size):
+        begin = now[0]
+        steps.clear()
+        lending.run(function, size)
+        return [round(one - begin, 3) for one in steps]
+
+    try:
+        assert begun(10) == []  # nothing is known, and 47 ms are over at the last border
+        assert begun(10) == []  # no step was seen, and 48 ms are over at the end
+        # Twice the tokens: "b" is expected to end 50 ms after the last step.
+        assert begun(20)[0] == 0.03
+        stepping.has_work = False
+        assert begun(20) == []
     finally:
         lending.close()

@@ -36,7 +36,12 @@ def test_three_tenants_at_once_have_the_numbers_of_each_alone(engine, tmp_path, 
             alone[script.name] = script.outcome(live)
     batches = []
     run_parts = worker.run_parts
-    monkeypatch.setattr(worker, "run_parts", lambda model, parts: batches.append(len(parts)) or run_parts(model, parts))
+
+    def noted(model, parts, *given):
+        batches.append(len(parts))
+        return run_parts(model, parts, *given)
+
+    monkeypatch.setattr(worker, "run_parts", noted)
     with training(engine, tmp_path / "together", start=False, micro_batch_tokens=1024) as live:
         together = [Script(one.name, one.rank, one.seed) for one in scripts]
         for script in together:

@@ -24,16 +24,15 @@ def add_live_options(group: Any) -> None:
     group.add_argument(
         "--train-micro-batch-tokens",
         type=int,
-        default=1024,
         metavar="N",
-        help="most tokens of one forward and backward, between two decode steps (default: 1024)",
+        help="most tokens of one forward and backward (default: 256 on a CPU, 1024 elsewhere)",
     )
     group.add_argument(
         "--train-max-wait-ms",
         type=float,
         default=50.0,
         metavar="MS",
-        help="most milliseconds that a decode step waits for training, beside one module's (default: 50)",
+        help="milliseconds between the tokens of a stream within which training lets decode steps run (default: 50)",
     )
 
 
@@ -45,7 +44,7 @@ def check_live_options(args: argparse.Namespace, runner: str) -> None:
         return
     if runner == "pooling":
         raise ToolkitError("--train must be left out for a pooling model.")
-    if args.train_micro_batch_tokens < 1:
+    if args.train_micro_batch_tokens is not None and args.train_micro_batch_tokens < 1:
         raise ToolkitError(f"--train-micro-batch-tokens must be >= 1, got {args.train_micro_batch_tokens}.")
     if not (math.isfinite(args.train_max_wait_ms) and args.train_max_wait_ms >= 0):
         raise ToolkitError(f"--train-max-wait-ms must be a finite number >= 0, got {args.train_max_wait_ms}.")

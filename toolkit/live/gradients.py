@@ -1,6 +1,6 @@
 """One forward and backward of micro-batches of several tenants, each under its own adapter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +47,9 @@ class Outcome:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
-def run_parts(model: nn.Module, parts: Sequence[Part]) -> list[Outcome]:
+def run_parts(
+    model: nn.Module, parts: Sequence[Part], after_rows: Callable[[Tensor], None] | None = None
+) -> list[Outcome]:
     """What each part gives, bitwise what it gives alone: rows are batch-invariant and gradients are one adapter's.
 
     No graph outlives the call, and nothing is written.
@@ -55,19 +57,25 @@ def run_parts(model: nn.Module, parts: Sequence[Part]) -> list[Outcome]:
     Args:
         model: patched, with the adapters.
         parts: of distinct tenants; one alone where its micro-batch shares prefixes.
+        after_rows: of ``target_logprobs``.
     """
     leaves = [parameter for part in parts if part.backward for parameter in part.parameters.values()]
     for leaf in leaves:
         leaf.requires_grad_(True)
     try:
         with torch.set_grad_enabled(bool(leaves)):
-            return _run(model, parts, leaves)
+            return _run(model, parts, leaves, after_rows)
     finally:
         for leaf in leaves:
             leaf.requires_grad_(False)
 
 
-def _run(model: nn.Module, parts: Sequence[Part], leaves: Sequence[nn.Parameter]) -> list[Outcome]:
+def _run(
+    model: nn.Module,
+    parts: Sequence[Part],
+    leaves: Sequence[nn.Parameter],
+    after_rows: Callable[[Tensor], None] | None,
+) -> list[Outcome]:
     examples = [one for part in parts for one in part.micro_batch.examples]
     found = target_logprobs(
         model,
@@ -75,6 +83,7 @@ def _run(model: nn.Module, parts: Sequence[Part], leaves: Sequence[nn.Parameter]
         [one.targets for one in examples],
         adapters=[part.adapter for part in parts for _ in part.micro_batch.examples],
         share=any(part.micro_batch.shares for part in parts),
+        after_rows=after_rows,
     )
     rows = iter(found)
     outcomes, total = [], torch.zeros((), device=found[0].device)

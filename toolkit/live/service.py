@@ -50,9 +50,9 @@ class LiveConfig:
         state_interval: steps of Adam between two states on disk; fewer are run again at a start.
         tokenizer: what clients load the tokenizer from, a folder or a name; None for the model's name.
         micro_batch_tokens: of one forward and backward of a request; several tenants' are a batch of at most twice as
-            many. A tenant's numbers are a function of this too.
+            many. A tenant's numbers are a function of this too. None: 256 on a CPU, 1,024 elsewhere.
         max_samplers: saved versions that stay in the model while nobody samples them.
-        max_wait: seconds that a decode step waits for training, beside one module's; None for all of a batch.
+        max_wait: seconds between a stream's tokens within which training lets steps run; None: between batches only.
     """
 
     base_models: tuple[str, ...]
@@ -60,7 +60,7 @@ class LiveConfig:
     tokenizer: str | None = None
     durable: bool = False
     state_interval: int = 8
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int | None = None
     max_samplers: int = 8
     max_wait: float | None = 0.05
 
@@ -109,7 +109,9 @@ class LiveTraining:
         self._scratch = config.root / ".scratch"
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir()
-        self._worker = Worker(engine, model, 2 * config.micro_batch_tokens, config.max_wait)
+        # On a CPU the head over more rows would take longer than max_wait.
+        self._micro_batch_tokens = config.micro_batch_tokens or (256 if model.device.type == "cpu" else 1024)
+        self._worker = Worker(engine, model, self._micro_batch_tokens, config.max_wait)
         self._samplers = Samplers(engine, config.max_samplers)
         self._requests = Requests(engine, self.checkpoints, config.state_interval)
         self._clients: dict[str, Client] = {}
@@ -196,7 +198,7 @@ class LiveTraining:
             return self._clients[name].created
         self._check_alone(settings)
         journal = Journal(self.config.root / name / JOURNAL) if self.config.durable else None
-        tokens = self.config.micro_batch_tokens
+        tokens = self._micro_batch_tokens
         if journal is not None:
             journal.create(self.base_model, settings, path, optimizer, tokens)
         return self._add(name, settings, path, optimizer, tokens, journal).created

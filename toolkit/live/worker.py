@@ -2,11 +2,12 @@
 
 import threading
 from collections import deque
+from functools import partial
 
 from torch import nn
 
 from toolkit.engine import AsyncEngine
-from toolkit.live.gradients import Part, run_parts
+from toolkit.live.gradients import Outcome, Part, run_parts
 from toolkit.live.jobs import Job
 from toolkit.live.lending import Lending
 
@@ -14,18 +15,20 @@ from toolkit.live.lending import Lending
 class Worker:
     """Runs jobs of lanes: a lane's in order, one at a time, and the lanes in turn.
 
-    Micro-batches of several lanes are one batch while they have at most ``batch_tokens`` tokens together. Which ones
-    changes no number: each gives what it gives alone. A micro-batch that shares prefixes is a batch alone.
+    Micro-batches of several lanes are one batch while they have at most ``micro_batch_tokens`` tokens together, or
+    twice as many where no decode step waits. Which ones changes no number: each gives what it gives alone. A
+    micro-batch that shares prefixes is a batch alone.
 
     Args:
         engine: whose thread runs them.
         model: the engine's.
-        batch_tokens: most tokens of a batch, unless one micro-batch has more.
-        max_wait: seconds that a decode step waits for a batch, and for the module that runs then; None for all of it.
+        micro_batch_tokens: of a request's parts.
+        max_wait: seconds between the tokens of a stream within which batches let decode steps run; None for between
+            batches only.
     """
 
-    def __init__(self, engine: AsyncEngine, model: nn.Module, batch_tokens: int, max_wait: float | None) -> None:
-        self._engine, self._model, self._batch_tokens = engine, model, batch_tokens
+    def __init__(self, engine: AsyncEngine, model: nn.Module, micro_batch_tokens: int, max_wait: float | None) -> None:
+        self._engine, self._model, self._micro_batch_tokens = engine, model, micro_batch_tokens
         self._lending = None if max_wait is None else Lending(engine, max_wait)
         self._changed = threading.Condition()
         self._lanes: dict[str, deque[Job]] = {}
@@ -97,8 +100,7 @@ class Worker:
     def _run_batch(self, chosen: list[tuple[str, Job, Part]]) -> bool:
         """Run micro-batches as one batch; False where that failed. One that is alone fails with its job."""
         try:
-            run = self._engine.call if self._lending is None else self._lending.run
-            outcomes = run(lambda: run_parts(self._model, [part for _, _, part in chosen]))
+            outcomes = self._outcomes([part for _, _, part in chosen])
         except Exception as error:
             if len(chosen) == 1:
                 self._fail(*chosen[0][:2], error)
@@ -107,9 +109,16 @@ class Worker:
             job.take(outcome)
         return True
 
+    def _outcomes(self, parts: list[Part]) -> list[Outcome]:
+        if self._lending is None:
+            return self._engine.call(lambda: run_parts(self._model, parts))
+        size = sum(part.micro_batch.num_tokens for part in parts)
+        return self._lending.run(lambda border: run_parts(self._model, parts, partial(border, "head")), size)
+
     def _beside(self, first: Part, others: list[tuple[str, Job]]) -> list[tuple[str, Job, Part]]:
         found: list[tuple[str, Job, Part]] = []
-        room = 0 if first.micro_batch.shares else self._batch_tokens - first.micro_batch.num_tokens
+        most = self._micro_batch_tokens * (1 if self._engine.engine.has_work else 2)
+        room = 0 if first.micro_batch.shares else most - first.micro_batch.num_tokens
         for lane, job in others:
             try:
                 part = job.part()

@@ -1,12 +1,14 @@
 """Log-probabilities of sequences under a patched model: the training forward."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
+from toolkit.modules.head import loss_only
 from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.take_rows import take_rows
 from toolkit.patching.adapters import check_rows, inner_model, vocabulary_size
@@ -137,6 +139,7 @@ def target_logprobs(
     targets: Sequence[Sequence[int] | Tensor],
     adapters: Sequence[str | None] | None = None,
     share: bool = True,
+    after_rows: Callable[[Tensor], None] | None = None,
 ) -> list[Tensor]:
     """Log-probability (nats, full vocabulary) of a target after every token of every sequence.
 
@@ -149,6 +152,8 @@ def target_logprobs(
         targets: of each token the one whose log-probability is asked for, after it.
         adapters: as for ``token_logprobs``.
         share: compute common prefixes once.
+        after_rows: is called with the log-probabilities of every 128 rows of a head that does not learn, which are then
+            computed apart, so that other work may come between them. Values and gradients are bitwise identical.
 
     Returns:
         One tensor per sequence, [tokens].
@@ -173,8 +178,25 @@ def target_logprobs(
         rotary_lengths=choose_rotary_lengths(model, lengths),
         adapters=_adapters(model, adapters, len(tokens)),
     )
-    found = _read_at(model, batch, torch.arange(sum(lengths)), torch.cat(wanted), deferred.token_logprobs)[0]
+    rows, cut = torch.arange(sum(lengths)), torch.cat(wanted)
+    if after_rows is None:
+        found = _read_at(model, batch, rows, cut, deferred.token_logprobs)[0]
+    else:
+        with loss_only():
+            found = _read_at(model, batch, rows, cut, partial(_by_rows, after_rows))[0]
     return list(found.split(lengths))
+
+
+_ROWS_AT_ONCE = 128
+
+
+def _by_rows(seen: Callable[[Tensor], None], logits: Tensor, targets: Tensor) -> tuple[Tensor]:
+    found: list[Tensor] = []
+    for part in deferred.split_rows(logits, _ROWS_AT_ONCE):
+        begin = sum(map(len, found))
+        found.append(deferred.token_logprobs(part, targets[begin : begin + part.shape[0]])[0])
+        seen(found[-1])
+    return (torch.cat(found),)
 
 
 def _adapters(model: nn.Module, given: Sequence[str | None] | None, count: int) -> list[str | None] | None:

@@ -246,6 +246,18 @@ def take_logits(logits: Tensor, rows: Tensor) -> Tensor:
     return take_rows(logits.compute() if isinstance(logits, DeferredLogits) else logits, rows)
 
 
+def split_rows(logits: Tensor, rows: int) -> list[Tensor]:
+    """logits [T, V] in parts of ``rows`` rows; deferred logits stay deferred.
+
+    One part where the head's weight learns: its gradient sums rows in an order that parts would change.
+    """
+    if not isinstance(logits, DeferredLogits) or logits.dense is not None or logits.weight.requires_grad:
+        return [logits]
+    if logits.bias is not None and logits.bias.requires_grad:
+        return [logits]
+    return [logits._with(hidden=part) for part in logits.hidden.split(rows)]
+
+
 def _without_logits(logits: Tensor, targets: Tensor) -> LinearLogprob | None:
     """The statistics of deferred logits from their hidden states; None where only the logits themselves will do."""
     if not isinstance(logits, DeferredLogits) or logits.dense is not None:
