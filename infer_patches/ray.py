@@ -162,6 +162,10 @@ class RayEngine:
             "logprobs": [one.sampling_logprobs for one in completions],
         }
 
+    def seed(self, seed: int | Sequence[int] | None) -> None:
+        """Begin the seeds of requests without one again."""
+        self._seeds = np.random.default_rng(seed)
+
     def sync_weights(self) -> int:
         """The weight version of ``model``, which all actors have then."""
         if weight_version(self.model) != self._version:
@@ -310,6 +314,26 @@ class RayEngine:
             if isinstance(error.cause, ToolkitError):
                 raise error.cause from None
             raise
+
+
+def rollout_func(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
+    """``RayEngine.rollout_func`` without an engine: for ``GRPOTrainer(rollout_func=...)`` and for a recipe.
+
+    The first call makes the engine, with the defaults of ``RayEngine``; a call for another model ends it and makes
+    another one. Samples depend on the weights, the seed of ``trainer.args``, the process and the step.
+    """
+    engine = _kept.get("engine")
+    if engine is None or engine.model is not trainer.model:
+        if engine is not None:
+            engine.close()
+        _kept["engine"] = engine = RayEngine(trainer.model, trainer.processing_class)
+    process = getattr(trainer.accelerator, "process_index", 0)
+    engine.seed([trainer.args.seed, process, trainer.state.global_step])
+    return engine.rollout_func(prompts, trainer)
+
+
+_kept: dict[str, RayEngine] = {}
+"""The engine of ``rollout_func``."""
 
 
 def _of(model: Any, name: str) -> Any:

@@ -135,7 +135,7 @@ def test_a_wrong_override_is_one_sentence(recipe: str, override: str, expected: 
     assert error_of(recipe, override).startswith(expected)
 
 
-KINDS = "cpo, distill, dpo, grpo, kto, orpo, pretrain, reward, rloo, sft"
+KINDS = "cpo, distill, dpo, grpo, kto, orpo, pretrain, prm, reinforce_plus_plus, reward, rloo, sdft, sft"
 ONE_SOURCE = "Exactly one of objective.task, objective.data_files and objective.datasets must be given, got"
 ON_TASK = "task: {name: countdown}"
 

@@ -73,7 +73,8 @@ def test_preferences_of_trl():
     assert recipe["schedule"]["lr_scheduler_type"] == "constant_with_warmup"
     assert (recipe["schedule"]["warmup_ratio"], recipe["train"]["max_steps"]) == (0.1, 50)
     assert recipe["optimizer"] | {"learning_rate": 1e-6, "max_grad_norm": None} == recipe["optimizer"]
-    assert lost(found) == {"f_divergence_type"}
+    assert objective["f_divergence_type"] == "js_divergence"
+    assert not lost(found)
     assert made({**TRL, "loss_type": "simpo", "simpo_gamma": 1.5, "cpo_alpha": 0.0})[0]["objective"]["kind"] == "cpo"
     assert made({**TRL, "desirable_weight": 1.2})[0]["objective"]["desirable_weight"] == 1.2
     assert made({**TRL, "beta": 0.3}, "orpo")[0]["objective"]["beta"] == 0.3
@@ -221,7 +222,67 @@ def test_other_trainers_of_trl():
     teacher, rollout = objective["teacher"]["name_or_path"], objective["rollout"]
     assert (objective["kind"], teacher, objective["beta"]) == ("distill", "t", 0.4)
     assert (rollout["temperature"], rollout["max_completion_length"]) == (0.9, 32)
-    assert "lmbda" in lost(found)
+    assert (objective["lmbda"], objective["teacher_top_k"]) == (0.7, None)
+    assert not lost(found)
+
+
+def test_distillation_of_trl():
+    given = {**TRL, "teacher_model_name_or_path": "t"}
+    objective = made({**given, "seq_kd": True})[0]["objective"]
+    assert (objective["lmbda"], objective["beta"], objective["seq_kd"]) == (0.5, 0.5, True)
+    recipe, found = made({**given, "max_completion_length": 48})  # TRL's DistillationConfig
+    objective = recipe["objective"]
+    assert (objective["lmbda"], objective["beta"], objective["rollout"]["temperature"]) == (1.0, 1.0, 1.0)
+    assert objective["rollout"]["max_completion_length"] == 48
+    assert not lost(found)
+    recipe, found = made(
+        {
+            **TRL, "distillation_mode": "full_logits", "distillation_alpha": 0.2, "teacher_model_kind": "ema",
+            "teacher_update_rate": 0.1, "num_generations": 4, "max_prompt_length": 100, "max_completion_length": 28,
+            "temperature": 0.8, "teacher_prompt_template": "{privileged_context} {prompt}",
+        }
+    )  # fmt: skip
+    objective = recipe["objective"]
+    assert (objective["kind"], objective["distillation_alpha"], objective["num_generations"]) == ("sdft", 0.2, 4)
+    assert (recipe["train"]["ema_decay"], recipe["train"]["max_length"]) == (0.9, 128)
+    assert objective["rollout"]["temperature"] == 0.8
+    assert not lost(found)
+    assert "top_k" in lost(made({**TRL, "teacher_model_kind": "base", "top_k": 5})[1])
+
+
+def test_process_reward_models_of_trl():
+    given = {"step_separator": "|", "train_on_last_step_only": True, "per_device_train_batch_size": 4}
+    recipe, found = made({**TRL, **given, "gradient_accumulation_steps": 3})
+    objective = recipe["objective"]
+    assert (objective["kind"], objective["lines"], objective["step_separator"]) == ("prm", 12, "|")
+    assert (objective["train_on_last_step_only"], objective["max_prompt_length"]) == (True, 512)
+    assert recipe["optimizer"]["learning_rate"] == 1e-5
+    assert not lost(found)
+
+
+def test_losses_and_rollouts_of_trl():
+    several = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.1}
+    recipe, found = made({**TRL, **several, "f_divergence_type": "reverse_kl", "ld_alpha": 0.5})
+    objective = recipe["objective"]
+    assert (objective["loss_type"], objective["loss_weights"]) == (["sigmoid", "bco_pair"], [0.8, 0.2])
+    assert (objective["sft_weight"], objective["ld_alpha"]) == (1.0, 0.5)
+    assert not lost(found)
+    recipe, found = made({**TRL, "beta": 0.1, "f_divergence_type": "js_divergence", "sync_ref_model": True})
+    assert recipe["objective"]["f_divergence_type"] == "js_divergence"
+    assert lost(found) == {"sync_ref_model"}
+    assert lost(made({**TRL, "beta": 0.1, "loss_type": ["sft"]})[1]) == {"loss_type"}
+    assert lost(made({**TRL, "beta": 0.1, "loss_type": "no_such"})[1]) == {"loss_type"}
+    recipe, found = made(
+        {
+            **TRL, "reward_funcs": "a.b", "rollout_func": "mine.generate", "loss_type": "sapo",
+            "sapo_temperature_neg": 1.2, "off_policy_mask_threshold": 0.4, "entropy_coef": 0.01,
+        }
+    )  # fmt: skip
+    objective = recipe["objective"]
+    assert (objective["rollout_func"], objective["loss_type"]) == ("mine:generate", "sapo")
+    assert (objective["sapo_temperature_neg"], objective["off_policy_mask_threshold"]) == (1.2, 0.4)
+    assert lost(found) == {"entropy_coef"}
+    assert made({**TRL, "cpo_alpha": 0.5, "alpha": 0.1})[0]["objective"]["alpha"] == 0.1
 
 
 def test_measures_and_the_best_checkpoint():

@@ -17,7 +17,7 @@ COLOURS = ("red", "blue", "green", "gold", "grey", "pink")
 LINES = 96
 
 
-def write_base(folder: Path) -> None:
+def write_base(folder: Path, seed: int = 0) -> None:
     """A Llama of random weights, and a tokenizer of bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +27,7 @@ def write_base(folder: Path) -> None:
     tokenizer.bos_token = None  # TRL's ORPOTrainer puts one before every text, where there is one
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(str(folder))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=160, initializer_range=0.08, tie_word_embeddings=False,
@@ -79,9 +79,20 @@ def _question(at: int, colour: str, other: str) -> dict[str, Any]:
     return {"prompt": [user(f"{at} {colour}")], "target": other}
 
 
+def _hint(at: int, colour: str, other: str) -> dict[str, Any]:
+    return {"prompt": [user(f"{at} {colour}")], "privileged_context": f"say {other} {other}"}
+
+
+def _steps(at: int, colour: str, other: str) -> dict[str, Any]:
+    right = [(at * step) % 3 > 0 for step in range(1, 2 + at % 3)]
+    steps = [f"a {colour} one" if one else f"{other.upper()} {at}" for one in right]
+    return {"prompt": f"name {colour}:", "completions": steps, "labels": right}
+
+
 FILES: dict[str, Callable[[int, str, str], dict[str, Any]]] = {
     "chat": _chat, "alpaca": _alpaca, "completion": _completion, "text": _text, "preference": _preference,
     "pairs": _pair, "labelled": _labelled, "questions": _question,
+    "hints": _hint, "steps": _steps,
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from tests.helpers import trl_trainers
 from toolkit.config import Recipe, load_recipe
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import FILE, read_metrics
+from toolkit.training.objectives.distillation import WithTeacher
 from toolkit.training.objectives.offline import OfflineObjective
 from toolkit.training.objectives.on_policy import OnPolicyObjective
 
@@ -55,9 +56,13 @@ def _whole(name: str) -> dict[str, Any]:
     """Trains without a break; the data in the order in which it was trained on, for TRL's trainer."""
     trainer = Trainer(recipe_of(name, ["run_name=whole"]), quiet=True)
     trl_trainers.write_start(trainer, Path("start"))
-    completions, prompts, order = None, None, None
+    completions, prompts, order, targets = None, None, None, None
+    if isinstance(trainer.objective, WithTeacher):
+        targets = _recorded_targets(trainer)
+    elif isinstance(trainer.objective, OnPolicyObjective):
+        completions = _recorded(trainer)
     if isinstance(trainer.objective, OnPolicyObjective):
-        completions, count = _recorded(trainer), trainer.recipe.train.max_steps * trainer.objective.section.prompts
+        count = trainer.recipe.train.max_steps * trainer.objective.section.prompts
         prompts = [line.value for line in trainer.objective.prompts.stream().take(count)]
     if isinstance(trainer.objective, OfflineObjective):
         train_section, steps = trainer.recipe.train, trainer.recipe.train.max_steps
@@ -67,7 +72,29 @@ def _whole(name: str) -> dict[str, Any]:
     trainer.fit()
     result = {"before": trainer.before_training, "after": trainer.evaluate()}
     trainer.objective.close()
-    return {**result, **_of_run("whole"), "order": order, "completions": completions, "prompts": prompts}
+    return {
+        **result,
+        **_of_run("whole"),
+        "order": order,
+        "completions": completions,
+        "prompts": prompts,
+        "targets": targets,
+    }
+
+
+def _recorded_targets(trainer: Trainer) -> list[Any]:
+    """Fills with (whether the student has sampled them, completions) of each step, as token ids."""
+    objective: Any = trainer.objective
+    step_targets, found = objective.step_targets, []
+
+    def record(step: int) -> Any:
+        targets = step_targets(step)
+        on_policy = getattr(objective, "on_policy", lambda _: True)(step)
+        found.append((on_policy, [(one.prompt, one.completion) for one in targets]))
+        return targets
+
+    objective.step_targets = record
+    return found
 
 
 def _recorded(trainer: Trainer) -> list[Any]:

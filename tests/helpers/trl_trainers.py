@@ -6,9 +6,15 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -23,7 +29,9 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
 from toolkit.quantised import dense_state
 from toolkit.training.loop import Trainer
@@ -251,4 +259,100 @@ def _rloo(recipe: Any, objective: Any, given: Any, tokenizer: Any) -> Any:
     return trainer
 
 
-_TRAINERS = {"sft": _sft, "dpo": _dpo, "kto": _kto, "orpo": _orpo, "reward": _reward, "grpo": _grpo, "rloo": _rloo}
+def _distill(recipe: Any, objective: Any, given: Any, tokenizer: Any) -> Any:
+    """TRL's GKD. Where the student samples, its completions are those that the recipe's run has recorded."""
+    arguments = GKDConfig(
+        **_common(recipe, objective.prompts),
+        lmbda=objective.lmbda,
+        beta=objective.beta,
+        temperature=objective.rollout.temperature,
+        max_new_tokens=objective.rollout.max_completion_length,
+        max_length=recipe.train.max_length,
+    )
+    teacher = AutoModelForCausalLM.from_pretrained(objective.teacher.name_or_path, dtype=torch.float32)
+    trainer = GKDTrainer(
+        model=_causal(), teacher_model=teacher, args=arguments, train_dataset=Dataset.from_list(given["prompts"]),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    # It would divide by the number of the data's tokens, where others are sampled, too.
+    trainer.model_accepts_loss_kwargs = False
+    steps, training_step = iter(given["targets"]), trainer.training_step
+    current: list[Any] = []
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        on_policy, current[:] = next(steps)
+        trainer.lmbda = 1.0 if on_policy else -1.0
+        return training_step(*args, **kwargs)
+
+    def sampled(*_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        longest = [max(len(part) for part in parts) for parts in zip(*current)]
+        ids = torch.full((len(current), sum(longest)), tokenizer.pad_token_id)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, (prompt, completion) in enumerate(current):
+            begin, end = longest[0] - len(prompt), longest[0] + len(completion)
+            ids[row, begin:end] = torch.tensor(prompt + completion)
+            mask[row, begin:end] = 1
+            labels[row, longest[0] : end] = torch.tensor(completion)
+        return ids, mask, labels
+
+    trainer.training_step = step
+    trainer.generate_on_policy_outputs = sampled
+    return trainer
+
+
+def _sdft(recipe: Any, objective: Any, given: Any, tokenizer: Any) -> Any:
+    """Completions are those that the recipe's run has recorded."""
+    steps = iter(given["targets"])
+    arguments = SDFTConfig(
+        **_common(recipe, objective.prompts * objective.num_generations),
+        num_generations=objective.num_generations,
+        max_completion_length=objective.rollout.max_completion_length,
+        shuffle_dataset=False,
+        **{
+            name: getattr(objective, name)
+            for name in (
+                "distillation_mode", "distillation_alpha", "distillation_topk", "distillation_add_tail",
+                "num_loss_tokens_to_skip", "teacher_model_kind", "teacher_prompt_template", "generate_from_teacher",
+            )
+        },
+    )  # fmt: skip
+    trainer = SDFTTrainer(
+        model=_causal(), args=arguments, train_dataset=Dataset.from_list(given["prompts"]), processing_class=tokenizer
+    )
+
+    def generated(prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        _, targets = next(steps)
+        assert prompt_ids == [prompt for prompt, _ in targets]
+        return prompt_ids, [completion for _, completion in targets]
+
+    trainer._generate = generated
+    return trainer
+
+
+def _prm(recipe: Any, objective: Any, given: Any, tokenizer: Any) -> Any:
+    """TRL has no trainer of it any more: transformers' own, on lines tokenised as that one did.
+
+    Prompt and steps are tokenised one by one, the separator behind each step, whose last token has the label.
+    """
+    lines = []
+    for line in given["order"]:
+        ids = tokenizer(line["prompt"], add_special_tokens=False)["input_ids"]
+        labels = [-100] * len(ids)
+        for text, label in zip(line["completions"], line["labels"]):
+            step = tokenizer(text, add_special_tokens=False)["input_ids"]
+            step += tokenizer(objective.step_separator, add_special_tokens=False)["input_ids"]
+            ids, labels = ids + step, labels + [-100] * (len(step) - 1) + [int(label)]
+        lines.append({"input_ids": ids, "labels": labels})
+    model = AutoModelForTokenClassification.from_pretrained("start", dtype=torch.float32)
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**_common(recipe, objective.lines)),
+        train_dataset=Dataset.from_list(lines),
+        data_collator=transformers.DataCollatorForTokenClassification(tokenizer),
+    )
+
+
+_TRAINERS = {
+    "sft": _sft, "dpo": _dpo, "kto": _kto, "orpo": _orpo, "reward": _reward, "grpo": _grpo, "rloo": _rloo,
+    "distill": _distill, "sdft": _sdft, "prm": _prm,
+}  # fmt: skip

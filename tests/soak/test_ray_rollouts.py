@@ -68,6 +68,13 @@ def test_a_recipe_trains_to_the_same_weights_as_with_the_engine_in_its_process(p
     assert run(python, "recipe", tmp_path)["same weights"]
 
 
+def test_one_function_serves_trl_and_recipes(python, tmp_path):
+    found = run(python, "functions", tmp_path)
+    assert set(found["mismatch"]) == {0}  # log-probabilities of the actors are those of the training forward
+    assert found["resumed"]
+    assert found["steps"] == 2
+
+
 def test_the_page_s_program_runs(python, tmp_path):
     (program,) = re.findall(r"```python\n(import .*?)```", (ROOT / "docs" / "ray.md").read_text(), re.DOTALL)
     (tmp_path / "rollout.py").write_text(program)

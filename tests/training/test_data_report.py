@@ -33,7 +33,7 @@ from toolkit.training.objectives.pairs import Pair
 from toolkit.training.objectives.sft import SFT
 from toolkit.training.prepared import PreparedLines
 from toolkit.training.preparing import Outcome
-from toolkit.training.progress import tracked
+from toolkit.training.progress import counted, showing
 from toolkit.training.tasks import Problem, Task
 
 
@@ -416,7 +416,23 @@ def test_lengths_and_colours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_long_step_is_shown_in_lines() -> None:
     said: list[str] = []
-    assert list(tracked(range(3), 3, "data: lines checked", 0.0, said.append)) == [0, 1, 2]
+    with showing(0.0, said.append):
+        assert list(counted(range(3), 3, "data: lines checked")) == [0, 1, 2]
     assert [text.rpartition(",")[0] for text in said] == [f"data: lines checked: {at} of 3" for at in (1, 2, 3)]
-    assert list(tracked(range(3), None, "x", 1e9, said.append)) == [0, 1, 2]
+    with showing(1e9, said.append):
+        assert list(counted(range(3), None, "x")) == [0, 1, 2]
+    assert list(counted(range(3), None, "shown by nobody")) == [0, 1, 2]
     assert len(said) == 3
+
+
+def test_indexing_and_measures_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"{at} ", "chosen": "a", "rejected": "b"} for at in range(30)]
+    lines.write_text("".join(json.dumps(one) + "\n" for one in pairs))
+    given = {"task": None, "data_files": str(lines), "pairs": 4, "evaluation": {"val_set_size": 0.4}}
+    trainer = Trainer(objective_recipe(tmp_path, "dpo", given, log={"progress_seconds": 1e-6}))
+    said = capsys.readouterr().out
+    assert f"data: lines of {lines} indexed: 30, 0 s" in said
+    assert "data: lines checked: 1 of " in said
+    trainer.evaluate()
+    assert "held out: forwards: 1 of " in capsys.readouterr().out

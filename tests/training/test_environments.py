@@ -25,7 +25,8 @@ from toolkit.training.conversations import AfterTurn, Conversation
 from toolkit.training.environments import Environment, Rubric, ToolEnvironment, make_environment
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
-from toolkit.training.prompts import Judged, TaskPrompts
+from toolkit.training.prompt_sources import TaskPrompts
+from toolkit.training.prompts import Judged
 from toolkit.training.signals import Interrupted
 
 HERE = "tests.training.test_environments"

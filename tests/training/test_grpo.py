@@ -47,12 +47,12 @@ def by_hand(model: Any, samples: list[Sample], objective: dict[str, Any], longes
         else:
             ratio = torch.exp(logprob - behaviour)
         surrogate = torch.minimum(ratio * sample.advantage, ratio.clamp(1 - low, 1 + high) * sample.advantage)
-        term = -surrogate
+        term = -surrogate * scale
         if objective.get("beta"):
             assert sample.reference is not None
             d = sample.reference - logprob
             term = term + objective["beta"] * (d.exp() - 1 - d)
-        terms.append(term * scale)
+        terms.append(term)
         tokens.append(count)
     loss_type = objective.get("loss_type", "grpo")
     if loss_type == "dapo":

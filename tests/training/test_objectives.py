@@ -47,6 +47,16 @@ def test_cross_entropy(smoothing, z_loss, late):
     same(ours, exact, [hidden, weight])
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_tokens_weighed_by_their_probability(late):
+    hidden, weight, targets = head()
+    logits = DeferredLogits(hidden, weight, None) if late else hidden @ weight.T
+    ours = next_token_loss(logits, targets, dft=True)
+    counted = targets >= 0
+    logprob = (hidden @ weight.T).log_softmax(-1)[counted].gather(1, targets[counted, None])[:, 0]
+    same(ours, -(logprob.exp().detach() * logprob).mean(), [hidden, weight])
+
+
 def test_nothing_to_predict():
     hidden, weight, _ = head()
     loss = next_token_loss(DeferredLogits(hidden, weight, None), torch.full((12,), -100))

@@ -19,12 +19,23 @@ DPO: list[dict[str, Any]] = [
     *({"loss_type": name} for name in WITH_REFERENCE if name not in ("exo_pair", "robust")),
     *({"loss_type": name, "label_smoothing": 0.2} for name in ("exo_pair", "robust")),
     {"loss_type": "sigmoid", "sft_weight": 0.5},
+    {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.3], "sft_weight": 0.5},
+    {"loss_type": "sigmoid", "ld_alpha": 0.4},
+    {"loss_type": "ipo", "ld_alpha": 0.0},
+    *(
+        {"loss_type": name, "f_divergence_type": kind}
+        for name in ("sigmoid", "ipo")
+        for kind in ("forward_kl", "js_divergence", "alpha_divergence")
+    ),
+    {"loss_type": "discopop", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.8},
 ]
 CPO: list[dict[str, Any]] = [
     {"loss_type": "sigmoid"},
     {"loss_type": "hinge", "cpo_alpha": 0.5},
     {"loss_type": "ipo", "cpo_alpha": 0.0},
     {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.3, "label_smoothing": 0.1},
+    {"loss_type": "simpo", "cpo_alpha": 0.0, "alpha": 0.2},
+    {"loss_type": "sigmoid", "alpha": -0.05},
 ]
 
 
@@ -86,7 +97,9 @@ def test_dpo(base: Path, fields: dict[str, Any], tmp_path: Path) -> None:
     given = dict(fields)
     weight = given.pop("sft_weight", None)
     if weight is not None:
-        given |= {"loss_type": [given["loss_type"], "sft"], "loss_weights": [1.0, weight]}
+        names = [given["loss_type"]] if isinstance(given["loss_type"], str) else given["loss_type"]
+        weights = given.get("loss_weights", [1.0])
+        given |= {"loss_type": [*names, "sft"], "loss_weights": [*weights, weight]}
     assert of_trl(base, DPOTrainer, DPOConfig, lines, tmp_path, **given) == pytest.approx(losses, abs=1e-4, rel=0)
 
 

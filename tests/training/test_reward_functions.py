@@ -6,7 +6,9 @@ import re
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from toolkit.testing.models import tiny_tokenizer
 from toolkit.training.loop import Trainer, train
 from toolkit.training.losses import sum_of_normalised
 from toolkit.training.metrics import read_metrics
+from toolkit.training.objectives.on_policy import OnPolicyObjective
 from toolkit.training.reward_functions import RewardFunctions, load_reward_functions
 
 HERE = "tests.training.test_reward_functions"
@@ -339,6 +342,19 @@ def test_dropped_completions_have_no_part_in_a_step(tmp_path: Path, aggregation:
     assert (metrics["rewards/fails_for_some/failed"], metrics["rewards/ascii_share/failed"]) == (4, 0)
     assert (metrics["unscored_fraction"], metrics["groups_dropped"], metrics["groups"]) == (0.5, 1, 1)
     assert sum("cannot be judged; rewards/fails_for_some/failed counts" in line for line in said) == 1
+
+
+def test_failures_in_other_processes_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy: Any = SimpleNamespace(
+        prompts=SimpleNamespace(functions=object(), environment=None, take_logged=lambda: {"mine": [1.0]}),
+        _failed={}, _said=set(), context=SimpleNamespace(log=(said := []).append),
+    )  # fmt: skip
+    policy._say_once = partial(OnPolicyObjective._say_once, policy)
+    elsewhere = ({"mine": [3.0]}, {"rewards/f/failed": "the reward function f raised KeyError: 'a'"})
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, elsewhere])
+    for _ in range(2):
+        assert OnPolicyObjective._logged(policy) == {"mine": 2.0}
+    assert said == ["note: the reward function f raised KeyError: 'a'; rewards/f/failed counts such completions"]
 
 
 def test_stop_strings_end_completions_and_are_trained_on(tmp_path: Path) -> None:

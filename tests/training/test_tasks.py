@@ -226,3 +226,19 @@ def test_a_reward_that_raises_says_where() -> None:
     ) as caught:
         checked_reward(Judge(lambda completion: 1 / (len(completion) - 3)), "p", "abc")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_hints_stand_in_a_share_of_the_prompts() -> None:
+    inner = {"name": "countdown", "numbers": 2, "largest": 9}
+    task, plain = make_task({"name": "hinted", "task": inner, "share": 0.25}), make_task(inner)
+    problems = list(zip(task.make(3, 2000), plain.make(3, 2000), strict=True))
+    hinted = [(one, other) for one, other in problems if one.prompt != other.prompt]
+    assert len(hinted) / 2000 == pytest.approx(0.25, abs=0.05)
+    for one, other in hinted:
+        assert one.prompt == f"{other.solution.strip()} {other.prompt}"
+        assert (one.solution, one.key) == (other.solution, other.key)
+    for one, other in problems[:50]:
+        assert task.judge(one, other.solution) == plain.judge(other, other.solution) == 1.0
+        assert task.judge(one, other.wrong) == plain.judge(other, other.wrong)
+    with pytest.raises(ToolkitError, match=r"objective\.task\.share must be >= 0 and <= 1, got 2"):
+        make_task({"name": "hinted", "task": inner, "share": 2})

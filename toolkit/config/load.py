@@ -193,7 +193,8 @@ def _nullable(key: str, kind: str | None) -> bool:
 
 
 def _sentence(problem: dict[str, Any], objective: str | None) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "function")))
+    inner = ("constrained", "function", "literal[", "list[")  # which of a field's types
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(inner))
     kind = problem["type"]
     if kind == "extra_forbidden":
         return _unknown(key, objective)

@@ -237,8 +237,15 @@ class OnPolicySection(LinesSection):
     supports_streaming: ClassVar[bool] = False
     needs_rewards: ClassVar[bool] = True
     """Whether completions of lines must be judged to be trained on."""
+    needs_hint: ClassVar[bool] = False
+    """Whether lines must have ``privileged_context`` beside their prompt."""
     environment_fields: ClassVar[Sequence[str]] = ("environment", "environment_factory", "tools")
     """Of an environment, which may judge in the place of functions; a kind has all of them or none."""
+
+    @property
+    def needs_completions(self) -> bool:
+        """Whether lines must have a completion beside their prompt."""
+        return False
 
     prompts: Count = 16
     """Prompts per step, over all processes."""

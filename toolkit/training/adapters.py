@@ -48,8 +48,9 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, saved: Path | N
     scored = model.get_output_embeddings() is None
     folder = saved if section.adapter is None or saved is not None else adapter_folder(section.adapter, _FIELD)
     config = lora_config(
-        section, head_modules(model) if scored else (), folder if section.adapter is not None else None
-    )
+        section, head_modules(model) if scored else (), folder if section.adapter is not None else None,
+        of_tokens=type(model).__name__.endswith("ForTokenClassification"),
+    )  # fmt: skip
     try:
         model.add_adapter(config)
     except (ValueError, TypeError) as error:
@@ -88,12 +89,15 @@ def base_name(model: Any) -> str:
     return str(getattr(model, "adapted_base", None) or model.name_or_path)
 
 
-def lora_config(section: LoraSection, head: Sequence[str] = (), folder: Path | None = None) -> Any:
+def lora_config(
+    section: LoraSection, head: Sequence[str] = (), folder: Path | None = None, of_tokens: bool = False
+) -> Any:
     """PEFT's ``LoraConfig`` of a section.
 
     Args:
-        head: modules of a head that is trained whole, of a model with one score a sequence.
+        head: modules of a head that is trained whole, of a model with scores in the place of tokens.
         folder: of adapters that are continued, whose configuration it is.
+        of_tokens: whether that head has outputs for each token.
     """
     import peft
 
@@ -111,7 +115,7 @@ def lora_config(section: LoraSection, head: Sequence[str] = (), folder: Path | N
         exclude_modules=section.exclude_modules,
         target_parameters=section.target_parameters,
         trainable_token_indices=section.trainable_token_indices,
-        task_type="SEQ_CLS" if head else "CAUSAL_LM",
+        task_type=("TOKEN_CLS" if of_tokens else "SEQ_CLS") if head else "CAUSAL_LM",
     )
 
 

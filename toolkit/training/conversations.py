@@ -5,6 +5,7 @@ prefix cache, so a turn computes what is new alone. All turns of a conversation 
 and so have the same rotary tables.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from toolkit.engine.outputs import Completion
 from toolkit.errors import ToolkitError, first_line
 from toolkit.training.background_loop import LOOP
 from toolkit.training.corpus import digest
-from toolkit.training.environments.base import Environment, Messages, State, awaited
+from toolkit.training.environments.base import Environment, Messages, State, within
+from toolkit.training.progress import count_shown
 
 if TYPE_CHECKING:
     from toolkit.training.prompts import Prompts
@@ -60,12 +62,15 @@ class Conversations:
         rollout: whose engine generates.
         prompts: that the problems are of; its environment answers.
         max_turns: most turns of the model.
+        seconds: after which no further turn of a step's conversations is asked for; None is no bound.
     """
 
-    def __init__(self, rollout: "Rollout", prompts: "Prompts", max_turns: int) -> None:
+    def __init__(self, rollout: "Rollout", prompts: "Prompts", max_turns: int, seconds: float | None = None) -> None:
         assert prompts.environment is not None
+        self._seconds = seconds
         self._rollout, self._prompts, self._max_turns = rollout, prompts, max_turns
         self._environment: Environment = prompts.environment
+        self._timeout = None if self._environment.bounds_itself else self._environment.timeout
         self._kept = self._environment.bind(prompts.tokenizer)
         self._after_turn = AfterTurn(prompts)
         self._ready: SimpleQueue[tuple[Conversation, Future[Any]]] = SimpleQueue()
@@ -83,7 +88,7 @@ class Conversations:
         Raises:
             ToolkitError: a prompt that is too long, or a turn that failed in the engine.
         """
-        self._temperature = temperature
+        self._temperature, self._begun = temperature, time.monotonic()
         groups = [[self._new(problem, at, index, seed) for index in range(n)]
                   for at, (problem, seed) in enumerate(zip(problems, seeds, strict=True))]  # fmt: skip
         for one in (one for group in groups for one in group):
@@ -95,6 +100,7 @@ class Conversations:
         for group, seed in zip(groups, seeds):
             self._first_turns([one for one in group if one.error is None], seed)
         engine, total, done = self._rollout.engine, len(problems) * n, 0
+        progress = count_shown(total, "conversations held")
         try:
             while self._running or self._waiting:
                 # Other conversations' turns are sampled while responses are awaited.
@@ -108,9 +114,11 @@ class Conversations:
                     if delta.finished is not None:
                         self._add_turn(self._running.pop((delta.request_id, delta.index)), delta.finished)
                         done = total - len(self._running) - self._waiting
+                        progress.update(done)
                 if 2 * done >= total:
                     self._rollout.note_blocks()
         finally:
+            progress.close()
             for request, _ in self._running:
                 engine.cancel(request)
         return groups
@@ -127,7 +135,7 @@ class Conversations:
         """Call a method of the environment on the loop's thread; ``_next_response`` has what it returns."""
 
         async def called() -> Any:
-            return await awaited(method(*given))
+            return await within(None if method == self._response else self._timeout, method, *given)
 
         self._waiting += 1
         LOOP.submit(called()).add_done_callback(lambda future: self._ready.put((one, future)))
@@ -198,15 +206,19 @@ class Conversations:
         else:
             one.messages.append(self._environment.parse(turn.text, one.state))
         one.finish_reason, one.stop_reason = turn.finish_reason, turn.stop_reason
-        if turn.finish_reason == "stop" and one.turns < self._max_turns:
-            self._ask(one, self._response, one)
+        if turn.finish_reason != "stop" or one.turns >= self._max_turns:
+            return
+        if self._seconds is not None and time.monotonic() - self._begun > self._seconds:
+            one.finish_reason = "timeout"
+            return
+        self._ask(one, self._response, one)
 
     async def _response(self, one: Conversation) -> Messages | None:
         """What follows a turn; None where the conversation is over."""
         said = one.state["prompt"] + one.messages
-        if await awaited(self._environment.is_completed(said, one.state)):
+        if await within(self._timeout, self._environment.is_completed, said, one.state):
             return None
-        response = await awaited(self._environment.env_response(said, one.state))
+        response = await within(self._timeout, self._environment.env_response, said, one.state)
         if isinstance(response, tuple):
             response, changed = response
             one.state.update(changed)

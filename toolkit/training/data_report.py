@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.errors import ToolkitError
 from toolkit.training.jsonl import BadLine, Line, bad_lines_error, shown
 from toolkit.training.preparing import Outcome, TooLong
-from toolkit.training.progress import tracked
+from toolkit.training.progress import counted
 
 if TYPE_CHECKING:
     from toolkit.training.objectives.base import RunContext
@@ -106,8 +106,7 @@ def check(
     """
     wanted = context.recipe.train.num_train_epochs is not None
     report = DataReport(lengths={} if wanted else None)
-    shown = tracked(sources, total, f"data: {what} checked", context.recipe.log.progress_seconds, context.log)
-    for at, source in enumerate(shown):
+    for at, source in enumerate(counted(sources, total, f"data: {what} checked")):
         if at % context.world_size == context.rank:
             report.add(source, prepare, at, length)
     report.gather(context)

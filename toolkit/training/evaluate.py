@@ -12,6 +12,7 @@ from torch import Tensor
 from toolkit.ops.token_logprob import token_logprob
 from toolkit.packing import in_batches
 from toolkit.state.batch import RaggedBatch
+from toolkit.training.progress import counted
 
 Forward = Callable[[RaggedBatch, Tensor], Tensor]
 
@@ -61,7 +62,8 @@ def score_windows(
     Windows are packed up to ``batch_tokens`` rows per forward (at least one window).
     """
     bits = 0.0
-    for pack in in_batches(split, lambda window: len(window.inputs), batch_tokens):
+    packs = in_batches(split, lambda window: len(window.inputs), batch_tokens)
+    for pack in counted(packs, len(packs), "held out: forwards"):
         batch = RaggedBatch.from_sequences([window.inputs for window in pack], device=device, share=False)
         ends = batch.query_offsets[1:].tolist()
         rows = torch.cat([torch.arange(end - len(w.targets), end) for w, end in zip(pack, ends)]).to(device)

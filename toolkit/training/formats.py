@@ -30,6 +30,17 @@ _ROLES = {
 _SIDES = ("completion", "chosen", "rejected")
 
 
+HINT = "privileged_context"
+
+
+class Stepwise(NamedTuple):
+    """A prompt, the steps of its completion, and whether each step is right (TRL's stepwise supervision)."""
+
+    prompt: str
+    completions: list[str]
+    labels: list[bool]
+
+
 class Options(NamedTuple):
     """What a line gives to its chat template."""
 
@@ -62,6 +73,73 @@ def read(line: Mapping[str, Any], formats: Sequence[Format]) -> dict[str, Any]:
 def check(line: Mapping[str, Any], formats: Sequence[Format]) -> None:
     """Raise as ``read`` does."""
     read(line, formats)
+
+
+def prompt_of(line: Mapping[str, Any]) -> Any:
+    """The prompt of a line: ``prompt``, or ``messages`` without a last one of the assistant. Raises as ``read``."""
+    fields = read(line, (("prompt",), ("messages",)))
+    if "prompt" in fields:
+        return fields["prompt"]
+    messages = fields["messages"]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def prompt_and_completion(line: Mapping[str, Any]) -> tuple[Any, Any]:
+    """``prompt`` and ``completion`` of a line, or ``messages`` up to the last one, and that. Raises as ``read``."""
+    fields = read(line, (("prompt", "completion"), ("messages",)))
+    if "prompt" in fields:
+        return fields["prompt"], fields["completion"]
+    *before, last = fields["messages"]
+    if last["role"] != "assistant" or not before:
+        raise ToolkitError(
+            f"must have a last message of role 'assistant' in 'messages', behind others, got {last['role']!r} as the "
+            f"last of {len(before) + 1}."
+        )
+    return before, [last]
+
+
+def hint_of(line: Mapping[str, Any]) -> str:
+    """``privileged_context`` of a line as text: what a teacher alone sees. Raises ToolkitError where it has none."""
+    value = line.get(HINT)
+    if value is None:
+        raise ToolkitError(f"must have '{HINT}' as a string or messages, got none.")
+    return text_of_messages(value) if isinstance(value, list) else str(value)
+
+
+def text_of_messages(messages: Sequence[Any]) -> str:
+    """The texts of messages, a line each; of parts that are texts, one behind the other."""
+    texts = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else message
+        if isinstance(content, list):
+            content = " ".join(str(part.get("text", "")) for part in content if part.get("type") == "text")
+        texts.append(str(content or ""))
+    return "\n".join(filter(None, texts))
+
+
+def stepwise(line: Mapping[str, Any]) -> Stepwise:
+    """``prompt``, ``completions`` and ``labels`` (true or false, 1 or 0) of a line. Raises ToolkitError as ``read``."""
+    prompt, steps, labels = (line.get(name) for name in Stepwise._fields)
+    if not isinstance(prompt, str) or not isinstance(steps, list) or not isinstance(labels, list):
+        given = [f"'{name}' as {kind_of(line[name])}" for name in Stepwise._fields if name in line]
+        raise ToolkitError(
+            "must be a JSON object with 'prompt' as a string, 'completions' as a list and 'labels' as a list, got "
+            f"{' and '.join(given) or 'none of them'}."
+        )
+    if not steps or len(steps) != len(labels):
+        raise ToolkitError(
+            f"must have a label for each of its 'completions', at least one, got {len(steps)} completions and "
+            f"{len(labels)} labels."
+        )
+    for name, values, right in (
+        ("completions", steps, lambda value: isinstance(value, str)),
+        ("labels", labels, lambda value: isinstance(value, int) and value in (0, 1)),
+    ):
+        at = next((at for at, value in enumerate(values) if not right(value)), None)
+        if at is not None:
+            what = "a string" if name == "completions" else "true or false"
+            raise ToolkitError(f"must have {what} in {name}[{at}], got {values[at]!r:.100}.")
+    return Stepwise(prompt, steps, [bool(label) for label in labels])
 
 
 def conversations(fields: Mapping[str, Any]) -> list[list[Any]]:

@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple, cast, overload
 
 from toolkit.errors import ToolkitError, first_line
 from toolkit.training.corpus import digest
+from toolkit.training.progress import counted
 
 FIELD = "objective.data_files"
 SHOWN = 5
@@ -119,7 +120,7 @@ class JsonlDataset:
         self.bad: list[BadLine] = []
         seen = hashlib.sha256()
         threshold, offset = int(val_set_size * 2**64), 0
-        for number, raw in enumerate(self._file, 1):
+        for number, raw in enumerate(counted(self._file, None, f"data: lines of {path} indexed"), 1):
             seen.update(raw)
             try:
                 text = _text(raw)

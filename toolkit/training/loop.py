@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +41,7 @@ from toolkit.training.model import RaggedModel, checkpoint_layers, patch_model
 from toolkit.training.moe import Balancing
 from toolkit.training.nested import warmup_recipe
 from toolkit.training.objectives.base import RunContext, make_objective
-from toolkit.training.progress import Progress
+from toolkit.training.progress import Progress, showing
 from toolkit.training.report import about_model, line, result_of, show
 from toolkit.training.resume import RESULT, Start, check_start, find_start, prepare_folder, run_folder
 from toolkit.training.run_state import restore_run, write_averaged, write_run
@@ -78,7 +78,8 @@ class Trainer:
         self.folder = run_folder(recipe)
         self._start = start = find_start(recipe)
         self._prepared = False
-        self.objective = make_objective(recipe)
+        with self._showing():
+            self.objective = make_objective(recipe)
         if start is not None:
             check_start(start, self.objective, self.accelerator.num_processes)
         self.log(f"data: {self.objective.describe()}")
@@ -104,7 +105,8 @@ class Trainer:
         strategy.wrap(ragged, self._masters)
         self.forward, self.optimizer, self.gradients = strategy.forward, strategy.optimizer, strategy.gradients
         self.ragged: RaggedModel = strategy.ragged
-        self.objective.bind(self._context())
+        with self._showing():
+            self.objective.bind(self._context())
         self.recipe = recipe = in_steps(recipe, self.objective)
         self.scheduler = self.accelerator.prepare(
             make_scheduler(self.optimizer.optimizer, recipe.schedule, recipe.train.max_steps)
@@ -148,6 +150,7 @@ class Trainer:
             log=self.log,
             stop=self.stop,
             gathered=self.strategy.whole,
+            averaged=self._average_applied,
         )
 
     def _prepare_folder(self) -> None:
@@ -195,8 +198,16 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """The objective's held-out measure. All processes must call it."""
-        with nullcontext() if self.averaged is None else self.averaged.applied(), self.strategy.whole():
+        with self._average_applied(), self.strategy.whole(), self._showing():
             return self.objective.evaluate()
+
+    def _showing(self) -> AbstractContextManager[None]:
+        """Inside, what takes long is shown on the main process."""
+        return showing(self.recipe.log.progress_seconds, None if self._quiet else self.log)
+
+    def _average_applied(self) -> AbstractContextManager[None]:
+        """Inside, the model has the moving average of its weights, where the recipe asks for one."""
+        return nullcontext() if self.averaged is None else self.averaged.applied()
 
     def fit(self) -> None:
         """Train to ``train.max_steps``, saving as the recipe says and at the end.

@@ -4,8 +4,9 @@ All inputs are in nats; gradients are exact, because every statistic that a loss
 the ones that a rollout returns, so a policy's ratio to itself is exactly 1.
 """
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,25 +17,32 @@ from toolkit.ops.linear_logprob.deferred import summed_cross_entropy, token_logp
 from toolkit.ops.targets import mean_over
 
 
-def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+def next_token_loss(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, dft: bool = False
+) -> Tensor:
     """Mean cross-entropy over the predicted tokens, in nats.
 
     ``-(1 - s) log p(target) - s mean_v log p(v) + z_loss lse^2`` with s the label smoothing (Szegedy et al., 2016) and
-    lse the log of the softmax's normaliser, which ``z_loss`` pulls to 0 (PaLM, 2022).
+    lse the log of the softmax's normaliser, which ``z_loss`` pulls to 0 (PaLM, 2022). With ``dft`` the first term is
+    ``-p(target) log p(target)``, its first factor without gradient (Wu et al., 2025); it takes no label smoothing.
     logits: [T, V], dense or deferred; targets: [T] int64, rows with -100 count for nothing. 0 where none counts.
     """
     counted = targets != IGNORED
-    if label_smoothing == z_loss == 0.0:
+    if label_smoothing == z_loss == 0.0 and not dft:
         return mean_over(summed_cross_entropy(logits, targets), counted.sum())
     if label_smoothing > 0.0:
         logprob, lse, _, mean = token_statistics(logits, targets)
         loss = -(1.0 - label_smoothing) * logprob - label_smoothing * (mean - lse)
     else:
         logprob, lse = token_logprobs(logits, targets)
-        loss = -logprob
+        loss = -logprob * logprob.detach().exp() if dft else -logprob
     if z_loss > 0.0:
         loss = loss + z_loss * lse.square()
     return mean_over(torch.where(counted, loss, 0.0).sum(), counted.sum())
+
+
+Surrogate = Literal["clipped", "cispo", "sapo", "vespo"]
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
 class PolicyLoss(NamedTuple):
@@ -57,8 +65,13 @@ def policy_loss(
     entropy_coef: float = 0.0,
     lengths: Sequence[int] | None = None,
     delta: float | None = None,
-    bounded_ratio: bool = False,
+    surrogate: Surrogate = "clipped",
     summed: bool = False,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    vespo: tuple[float, float, float, float] = (2.0, 3.0, 3.0, 2.0),
+    use_bias_correction_kl: bool = False,
+    kl_estimator: KLEstimator = "k3",
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate of PPO (Schulman et al., 2017), which GRPO uses with group-normalised advantages.
 
@@ -74,29 +87,92 @@ def policy_loss(
         entropy: [T], nats.
         lengths: tokens of each completion; r is then the geometric mean over its completion (GSPO; Zheng et al., 2025).
         delta: bounds r in the first term, too.
-        bounded_ratio: the first term is ``-min(r, epsilon_high) a logprob``, the factor without gradient (CISPO;
-            MiniMax, 2025); ratios beyond the bound count as clipped.
+        surrogate: the first term. cispo (MiniMax, 2025): ``-min(r, epsilon_high) a logprob``, the factor without
+            gradient; ratios beyond the bound count as clipped. sapo (Gao et al., 2025): ``-4/t s(t (r - 1)) a`` with s
+            the logistic function. vespo (Shen et al., 2026): ``-f(w) a logprob``, ``f(w) = e^(l - l w) w^k`` without
+            gradient, w the product of the completion's ratios; needs ``lengths``, which change nothing else then.
         summed: with ``lengths``, r is the product over its completion (RLOO; Ahmadian et al., 2024).
+        sapo_temperatures: t where the advantage is above 0, and elsewhere.
+        vespo: k and l where the advantage is at least 0, and k and l elsewhere.
+        use_bias_correction_kl: r weighs the divergence too (DeepSeek-V3.2, 2025).
+        kl_estimator: of the divergence, see ``kl_estimate``; the formula above is k3.
+        weights: [T] of the first term, without gradient.
     """
     difference = logprob - behaviour
-    if lengths is not None:
+    if lengths is not None and surrogate != "vespo":
         means = sequence_mean(difference, lengths)
         counts = [float(length) for length in lengths for _ in range(length)]
         difference = means * means.new_tensor(counts) if summed else means
     ratio = torch.exp(difference)
-    if bounded_ratio:
+    if surrogate == "cispo":
         loss = -ratio.clamp(max=epsilon_high).detach() * advantage * logprob
         clipped = (ratio > epsilon_high) & (advantage > 0)
+    elif surrogate == "sapo":
+        above, elsewhere = sapo_temperatures
+        temperature = torch.where(advantage > 0, ratio.new_tensor(above), ratio.new_tensor(elsewhere))
+        loss = -torch.sigmoid(temperature * (ratio - 1.0)) * 4.0 / temperature * advantage
+        clipped = torch.zeros_like(advantage, dtype=torch.bool)
+    elif surrogate == "vespo":
+        assert lengths is not None
+        loss = -_gamma_weights(difference.detach(), advantage, lengths, vespo) * advantage * logprob
+        clipped = torch.zeros_like(advantage, dtype=torch.bool)
     else:
         bounded = ratio.clamp(1.0 - epsilon, 1.0 + epsilon_high)
         limited = ratio if delta is None else ratio.clamp(max=delta)
         loss = -torch.minimum(limited * advantage, bounded * advantage)
         clipped = ratio * advantage > bounded * advantage
+    if weights is not None:
+        loss = loss * weights
     if reference is not None and beta:
-        loss = loss + beta * divergence_estimate(reference - logprob)
+        divergence = kl_estimate(logprob, reference, kl_estimator)
+        loss = loss + beta * (divergence * ratio if use_bias_correction_kl else divergence)
     if entropy is not None and entropy_coef:
         loss = loss - entropy_coef * entropy
     return PolicyLoss(loss, clipped.detach())
+
+
+def _gamma_weights(
+    difference: Tensor, advantage: Tensor, lengths: Sequence[int], vespo: tuple[float, float, float, float]
+) -> Tensor:
+    """[T] ``f(w)`` of ``policy_loss``, with log w bounded by log 1e-8 and 20 as in TRL."""
+    bounds = math.log(1e-8), 20.0
+    sums = [part.clamp(-20.0, 20.0).sum().clamp(*bounds).expand(len(part)) for part in difference.split(list(lengths))]
+    logs = torch.cat([difference[:0], *sums])
+    k, rate = (torch.where(advantage >= 0, logs.new_tensor(vespo[at]), logs.new_tensor(vespo[at + 2])) for at in (0, 1))
+    return torch.exp(rate + k * logs - rate * logs.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def off_policy_mask(
+    logprob: Tensor, rollout: Tensor, advantage: Tensor, lengths: Sequence[int], threshold: float
+) -> Tensor:
+    """[T] 1, or 0 for the tokens of completions with a negative advantage that the policy has left (DeepSeek-V3.2).
+
+    It has where the mean of ``rollout - logprob`` over a completion is above ``threshold``.
+    """
+    distance = sequence_mean(rollout - logprob.detach(), lengths)
+    return ((advantage >= 0) | (distance <= threshold)).to(logprob.dtype)
+
+
+def kl_estimate(logprob: Tensor, reference: Tensor, kind: KLEstimator) -> Tensor:
+    """Estimates of KL(policy | reference) for each sampled token (Schulman, 2020), with d = logprob - reference.
+
+    k1: d. k2: d^2 / 2. k3: ``e^-d - 1 + d``. k1 and k3 are unbiased, k2 and k3 never negative.
+    """
+    difference = logprob - reference
+    if kind == "k1":
+        return difference
+    return 0.5 * difference.square() if kind == "k2" else divergence_estimate(-difference)
+
+
+def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
+    """[T] ``sum_{k >= t} gamma^(k - t) r_k`` of a completion's rewards."""
+    if gamma == 1.0:
+        return rewards.flip(0).cumsum(0).flip(0)
+    found, total = [], rewards.new_zeros(())
+    for reward in rewards.flip(0):
+        total = reward + gamma * total
+        found.append(total)
+    return torch.stack(found[::-1]) if found else rewards
 
 
 def divergence_estimate(difference: Tensor) -> Tensor:

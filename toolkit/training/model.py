@@ -35,7 +35,7 @@ from toolkit.quantised import dense_state, quantised_weights
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.adapters import add_adapters, load_adapters, save_adapters
 from toolkit.training.images import WithImages, image_logits, proven_sequences
-from toolkit.training.score_model import load_score_model, make_score_model, sequence_scores
+from toolkit.training.score_model import HEADS, load_score_model, make_score_model, sequence_scores
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -78,7 +78,7 @@ class RaggedModel(nn.Module):
             routing: the experts of each sequence's tokens.
             rotary_lengths: of each sequence, see ``token_logprobs``.
             selection: the keys that each sequence's tokens attend.
-            scores: return the score [S] of each sequence, of a model with a head of one.
+            scores: return the score [S] of each sequence, or those [T, N] of each token, of a model with such a head.
         """
         observed = torch.is_grad_enabled()
         indexers = nullcontext() if self.index_losses is None else index_losses(self.index_losses)
@@ -141,7 +141,7 @@ def make_model(
 ) -> "PreTrainedModel":
     """The unpatched model in training mode. Random weights come from torch's global generator.
 
-    ``head``: tokens, or score for one score a sequence. ``added_tokens``: a loaded model grows to the vocabulary.
+    ``head``: tokens, or one of ``HEADS``. ``added_tokens``: a loaded model grows to the vocabulary.
 
     The vocabulary and the special tokens come from the tokenizer; a vocabulary given in ``model.config`` may
     be larger. Raises ToolkitError for a configuration that transformers does not know or accept, a path
@@ -153,8 +153,8 @@ def make_model(
         model: PreTrainedModel
         config = make_config(section.config, tokenizer)
         try:
-            if head == "score":
-                model = make_score_model(config, section.dtype)
+            if head in HEADS:
+                model = make_score_model(config, section.dtype, head)
             else:
                 model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype))
         except Exception as error:  # a combination of fields that only the model's own code refuses
@@ -164,7 +164,7 @@ def make_model(
         model = load_checkpoint(
             section.name_or_path, section.dtype, "model.name_or_path", section.revision, section.trust_remote_code, head
         )
-    if head == "score" and model.config.pad_token_id is None:
+    if head in HEADS and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # of a batch's other sequences, elsewhere
     rows = vocabulary_size(model)
     if rows < len(tokenizer) and added_tokens and section.config is None:
@@ -258,11 +258,11 @@ def load_checkpoint(
 ) -> "PreTrainedModel":
     """The causal language model of a checkpoint in eval mode: see ``toolkit.loading.load_model``.
 
-    ``head`` "score": a model with one score a sequence.
+    ``head``: tokens, or one of ``HEADS``.
     Raises ToolkitError, naming ``field``, where there is none, and for weights that lack a tensor.
     """
-    if head == "score":
-        return load_score_model(name_or_path, dtype, field, revision, trust_remote_code)
+    if head in HEADS:
+        return load_score_model(name_or_path, dtype, field, revision, trust_remote_code, head)
     source = find_source(name_or_path, revision=revision, trust_remote_code=trust_remote_code, field=field)
     model: PreTrainedModel = load_weights(source, dtype)
     model.adapted_base = source.name  # type: ignore[assignment]

@@ -6,7 +6,7 @@ reference, d = r(chosen) - r(rejected), s the logistic function and e the label 
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,50 @@ class Scores(NamedTuple):
     def mean_margin(self) -> Tensor:
         """The margin of means over each completion's tokens."""
         return self.chosen_ratio / self.chosen_length - self.rejected_ratio / self.rejected_length
+
+
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+
+def diverged(scores: Scores, kind: Divergence, alpha: float = 0.5) -> Scores:
+    """Scores whose ratios are ``f'(t)`` of the ratios' exponentials t (f-DPO; Wang et al., 2023).
+
+    forward_kl: 1 - 1/t. js_divergence: log(2 t / (t + 1)). alpha_divergence: (t^(alpha - 1) - 1) / (alpha - 1), log t
+    for alpha 1. reverse_kl: log t, which leaves them as they are.
+    """
+    if kind == "reverse_kl" or (kind == "alpha_divergence" and abs(alpha - 1.0) < 1e-6):
+        return scores
+
+    def of(ratio: Tensor) -> Tensor:
+        if kind == "forward_kl":
+            return 1.0 - torch.exp(-ratio)
+        if kind == "js_divergence":
+            return math.log(2.0) + F.logsigmoid(ratio)
+        return torch.expm1(((alpha - 1.0) * ratio).clamp(max=80.0)) / (alpha - 1.0)
+
+    none = torch.zeros_like(scores.chosen_reference)
+    return scores._replace(
+        chosen=of(scores.chosen_ratio),
+        rejected=of(scores.rejected_ratio),
+        chosen_reference=none,
+        rejected_reference=none,
+    )
+
+
+def alpha_rewards(scores: Scores, alpha: float, *, means: bool) -> Scores:
+    """Scores with ``(1 - p^-alpha) / alpha`` in the place of log p, alpha not 0 (AlphaPO; Gupta et al., 2025).
+
+    Args:
+        means: p is the geometric mean over a completion's tokens, and the loss divides by their number.
+    """
+
+    def of(logprob: Tensor, length: Tensor) -> Tensor:
+        length = length if means else torch.ones_like(length)
+        return -torch.expm1(-alpha * logprob / length) / alpha * length
+
+    return scores._replace(
+        chosen=of(scores.chosen, scores.chosen_length), rejected=of(scores.rejected, scores.rejected_length)
+    )
 
 
 class Settings(NamedTuple):

@@ -3,10 +3,14 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 T = TypeVar("T")
+_live: list[Any] = []
+"""What has a bar on the terminal: there is room for one."""
 
 
 class Progress:
@@ -37,6 +41,7 @@ class Progress:
     def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
+            _live.append(self)
         return self
 
     def __exit__(
@@ -44,6 +49,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+            _live.remove(self)
 
     def update(self, step: int, value: float, rate: float) -> None:
         """After step ``step`` (1-based): the metric, and the rate in tokens per second."""
@@ -65,32 +71,85 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-def tracked(
-    items: Iterable[T], total: int | None, name: str, seconds: float, log: Callable[[str], None] | None = print
-) -> Iterator[T]:
-    """The items, while what takes long is shown: a bar on a terminal, elsewhere a line every ``seconds`` seconds.
+class Shown(NamedTuple):
+    """How what takes long is shown.
 
     Args:
-        total: number of items; None where it is not known.
-        name: what is done, e.g. ``data: lines checked``.
-        log: prints a line; None shows nothing.
+        seconds: between two lines, where there is no terminal.
+        log: prints a line.
     """
-    begun = last = time.monotonic()
-    bar, of = None, "" if total is None else f" of {total:,}"
+
+    seconds: float
+    log: Callable[[str], None]
+
+
+_SHOWN: ContextVar[Shown | None] = ContextVar("_SHOWN", default=None)
+
+
+@contextmanager
+def showing(seconds: float, log: Callable[[str], None] | None) -> Iterator[None]:
+    """Inside, ``counted`` and ``Count`` show what takes long; nothing where ``log`` is None."""
+    token = _SHOWN.set(None if log is None else Shown(seconds, log))
     try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+class Count:
+    """How many of something are done, shown while it takes long: a bar on a terminal, elsewhere lines at intervals.
+
+    Args:
+        total: of them; None where it is not known.
+        name: what is done, e.g. ``data: lines checked``.
+        shown: how; None shows nothing.
+    """
+
+    def __init__(self, total: int | None, name: str, shown: Shown | None) -> None:
+        self._name, self._total, self._shown = name, total, shown
+        self._begun = self._last = time.monotonic()
+        self._bar: Any = None
+
+    def update(self, done: int) -> None:
+        """So many are done."""
+        if self._shown is None:
+            return
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(0, completed=done)
+        elif now - self._last >= self._shown.seconds:
+            self._last = now
+            of = "" if self._total is None else f" of {self._total:,}"
+            self._shown.log(f"{self._name}: {done:,}{of}, {now - self._begun:.0f} s")
+        if self._bar is None and not _live and sys.stdout.isatty() and now - self._begun > 1.0:
+            self._bar = _bar(self._name, self._total)
+            _live.append(self)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            _live.remove(self)
+            self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def count_shown(total: int | None, name: str) -> Count:
+    """A ``Count`` that is shown within ``showing``."""
+    return Count(total, name, _SHOWN.get())
+
+
+def counted(items: Iterable[T], total: int | None, name: str) -> Iterator[T]:
+    """The items, which are counted and shown within ``showing``."""
+    with count_shown(total, name) as done:
         for at, item in enumerate(items, 1):
             yield item
-            now = time.monotonic()
-            if bar is not None:
-                bar.update(0, completed=at)
-            elif log is not None and now - last >= seconds:
-                last = now
-                log(f"{name}: {at:,}{of}, {now - begun:.0f} s")
-            if bar is None and log is not None and sys.stdout.isatty() and now - begun > 1.0:
-                bar = _bar(name, total)
-    finally:
-        if bar is not None:
-            bar.stop()
+            done.update(at)
 
 
 def _bar(name: str, total: int | None) -> Any:

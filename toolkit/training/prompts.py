@@ -3,30 +3,20 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.chat import render
-from toolkit.chat.tokens import encode
-from toolkit.config import Recipe
 from toolkit.config.objective import OnPolicySection
 from toolkit.errors import ToolkitError
 from toolkit.training import formats
 from toolkit.training.conversations import Conversation
 from toolkit.training.environments import Environment, make_environment
-from toolkit.training.examples import Stream, prompt_ids
-from toolkit.training.given import open_lines
-from toolkit.training.jsonl import Line
-from toolkit.training.objectives.base import task_texts
+from toolkit.training.examples import Stream
 from toolkit.training.reward_functions import Failures, RewardFunctions
-from toolkit.training.tasks import ProblemStream, Task, checked_reward, make_task
 
 if TYPE_CHECKING:
     from toolkit.engine.outputs import Completion
     from toolkit.training.rollout import Rollout
-
-PROMPT: formats.Format = ("prompt",)
 
 
 class Judged(NamedTuple):
@@ -52,6 +42,7 @@ class Prompts(ABC):
         functions: which judge, where the recipe or the environment has some.
         environment: that answers completions, where there is one.
         max_turns: most turns of a conversation with it.
+        episode_timeout: seconds after which no further turn is asked for.
         tokenizer: what makes tokens; ``bind`` sets it.
         chat_template_kwargs: variables of the chat template.
     """
@@ -61,6 +52,7 @@ class Prompts(ABC):
     functions: RewardFunctions | None = None
     environment: Environment | None = None
     max_turns: int = 1
+    episode_timeout: float | None = None
     tokenizer: Any
     chat_template_kwargs: Mapping[str, Any] | None = None
 
@@ -76,6 +68,8 @@ class Prompts(ABC):
         if self.environment is None:
             return
         self.max_turns = getattr(section, "max_turns", None) or self.environment.max_turns
+        self.environment.timeout = getattr(section, "environment_timeout", None)
+        self.episode_timeout = getattr(section, "episode_timeout", None)
         own = self.environment.reward_functions()
         if own:
             given = self.functions or RewardFunctions([], [], [], section.reward_timeout)
@@ -117,6 +111,18 @@ class Prompts(ABC):
     @abstractmethod
     def text(self, problem: Any) -> str:
         """The prompt as text, to show."""
+
+    @abstractmethod
+    def with_completion(self, problem: Any) -> tuple[Any, Any]:
+        """The prompt and the data's own completion of it, texts or messages."""
+
+    @abstractmethod
+    def hint(self, problem: Any) -> str:
+        """What a teacher alone sees beside the prompt."""
+
+    def options(self, problem: Any) -> formats.Options:
+        """What a problem gives to the chat template."""
+        return formats.Options(None, None)
 
     def token_ids(self, problem: Any) -> list[int]:
         """The prompt's tokens."""
@@ -196,6 +202,7 @@ class Prompts(ABC):
                     own["environments"] = one.state["environment"]
             else:
                 said.append(one.text if isinstance(prompt, str) else [{"role": "assistant", "content": one.text}])
+                own = {**own, **getattr(one, "columns", {})}  # of a rollout_func
             prompts.append(prompt)
             columns.append(own)
         return prompts, said, [one.token_ids for _, one in pairs], columns
@@ -217,162 +224,3 @@ class Prompts(ABC):
     def num_lines(self) -> int:
         """Lines to train on. Raises ToolkitError for a task, which has no end."""
         raise ToolkitError("train.num_train_epochs must be null with objective.task.")
-
-
-class TaskPrompts(Prompts):
-    """Problems of a task, which judges completions.
-
-    Args:
-        task: the task.
-        fields: of the recipe.
-        seed: of the recipe.
-        val_set_size: share of the problems that is held out.
-        section: with the environment, where there is one.
-    """
-
-    solvable = True
-
-    def __init__(
-        self,
-        task: Task,
-        fields: Mapping[str, Any],
-        seed: int,
-        val_set_size: float,
-        section: OnPolicySection | None = None,
-    ) -> None:
-        self.task, self._fields, self._seed, self._val_set_size = task, fields, seed, val_set_size
-        self.fingerprint = repr(fields)
-        if section is not None:
-            self._take_environment(section)
-
-    def describe(self) -> str:
-        return f"problems of {self._fields}, {self._val_set_size:.0%} of them held out"
-
-    def texts(self) -> Iterable[str]:
-        return task_texts(self.task, self._seed, self._val_set_size)
-
-    def stream(self, rank: int = 0, world_size: int = 1) -> Stream:
-        return ProblemStream(self.task, self._seed, self._val_set_size, rank=rank, world_size=world_size)
-
-    def held_out(self, most: int) -> tuple[Stream, int]:
-        return ProblemStream(self.task, 0, self._val_set_size, held_out=True), most
-
-    def prompt(self, problem: Any) -> str:
-        return str(problem.prompt)
-
-    def columns(self, problem: Any) -> dict[str, Any]:
-        return {"answer": problem.solution.strip()}
-
-    def encode(self, prompt: Any, problem: Any) -> list[int]:
-        return prompt_ids(self.tokenizer, prompt)
-
-    def text(self, problem: Any) -> str:
-        return str(problem.prompt)
-
-    def own_reward(self, problem: Any, completion: "Completion") -> float:
-        return checked_reward(self.task, problem, _last_turn(completion))
-
-
-def _last_turn(completion: "Completion") -> str:
-    """The text that a task judges: of a conversation the model's last turn, not what it was told."""
-    if not isinstance(completion, Conversation):
-        return completion.text
-    return str(completion.state["responses"][-1]) if completion.state["responses"] else ""
-
-
-@dataclass
-class _Listed:
-    """Some problems as a stream: the first ones."""
-
-    lines: Sequence[Line]
-    done: int = 0
-
-    def take(self, count: int) -> list[Any]:
-        taken = [self.lines[(self.done + at) % len(self.lines)] for at in range(count)]
-        self.done += count
-        return taken
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done = state["done"]
-
-
-class LinePrompts(Prompts):
-    """Prompts of lines, texts or messages, and reward functions, which get the lines' other columns.
-
-    Raises:
-        ToolkitError: lines that cannot be opened or are no prompts, or functions that cannot be imported.
-    """
-
-    def __init__(self, section: OnPolicySection, seed: int) -> None:
-        self._section, self._seed = section, seed
-        self._take_environment(section)
-        self.chat_template_kwargs = section.chat_template_kwargs
-        lines = open_lines(section, lambda line: formats.check(line, (PROMPT,)))
-        assert lines is not None
-        self._lines = lines
-        self.fingerprint = lines.fingerprint
-
-    def own_reward(self, problem: Any, completion: "Completion") -> float:
-        return super().own_reward(problem, completion) if self._section.needs_rewards else math.nan
-
-    def describe(self) -> str:
-        return f"{len(self._lines.train)} prompts to train on, {len(self._lines.held_out)} held out"
-
-    def texts(self) -> Iterable[str]:
-        return (formats.text_of(formats.read(line.value, (PROMPT,))) for line in self._lines.train)
-
-    def num_lines(self) -> int:
-        return sum(round(count * weight) for count, weight in self._lines.shares)
-
-    def stream(self, rank: int = 0, world_size: int = 1) -> Stream:
-        return self._lines.stream(self._seed, rank, world_size)
-
-    def held_out(self, most: int) -> tuple[Stream, int]:
-        lines = self._lines.held_out
-        return _Listed(lines), min(most, len(lines))
-
-    def bind(self, tokenizer: Any) -> None:
-        super().bind(tokenizer)
-        first = formats.read(next(self._lines.firsts()).value, (PROMPT,))["prompt"]
-        if not isinstance(first, str) and not tokenizer.chat_template:
-            raise ToolkitError(
-                f"objective.chat_template must be given for messages, as in {self._lines.name}, when the tokenizer "
-                "has no template."
-            )
-
-    def prompt(self, problem: Line) -> Any:
-        return formats.read(problem.value, (PROMPT,))["prompt"]
-
-    def columns(self, problem: Line) -> dict[str, Any]:
-        return {name: value for name, value in problem.value.items() if name != "prompt"}
-
-    def encode(self, prompt: Any, problem: Line) -> list[int]:
-        if isinstance(prompt, str):
-            return prompt_ids(self.tokenizer, prompt)
-        tools, own = formats.options(problem.value)
-        if self.environment is not None and self.environment.tools:
-            tools = [tool.for_template() for tool in self.environment.tools]
-        variables = {**(self._section.chat_template_kwargs or {}), **(own or {})}
-        # A last message of the assistant is continued, as TRL has it.
-        opened = prompt[-1].get("role") == "assistant"
-        text = render(
-            self.tokenizer, prompt, tools, add_generation_prompt=not opened, continue_final_message=opened,
-            chat_template_kwargs=variables,
-        )  # fmt: skip
-        return encode(self.tokenizer, text)
-
-    def text(self, problem: Line) -> str:
-        return formats.text_of(formats.read(problem.value, (PROMPT,)))
-
-
-def make_prompts(recipe: Recipe) -> Prompts:
-    """What the recipe's objective takes its prompts from."""
-    section = recipe.objective
-    assert isinstance(section, OnPolicySection)
-    if section.task is not None:
-        task, share = make_task(section.task), section.evaluation.val_set_size
-        return TaskPrompts(task, section.task, recipe.seed, share, section)
-    return LinePrompts(section, recipe.seed)

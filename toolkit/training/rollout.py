@@ -4,20 +4,23 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from toolkit.config.objective import RolloutSection
 from toolkit.engine import Engine, SamplingParams, StructuredOutputsParams
 from toolkit.engine.outputs import Completion, Delta
 from toolkit.errors import ToolkitError
+from toolkit.patching import weight_version
 from toolkit.training.conversations import Conversation, Conversations
 from toolkit.training.corpus import digest
 from toolkit.training.examples import Stream, check_misses
 from toolkit.training.objectives.base import RunContext
+from toolkit.training.progress import count_shown
 from toolkit.training.prompts import Prompts
 from toolkit.training.tasks.base import imported
 
 BLOCK_SIZE = 16
+C = TypeVar("C", bound=Completion)
 
 
 class Rollout:
@@ -120,10 +123,27 @@ class Rollout:
         begun = time.perf_counter()
         with self._context.gathered():
             if self._conversations is None:
-                self._conversations = Conversations(self, prompts, prompts.max_turns)
+                self._conversations = Conversations(self, prompts, prompts.max_turns, prompts.episode_timeout)
             groups = self._conversations.hold(problems, seeds, n, temperature)
         self._finish(begun, [one for group in groups for one in group])
         return groups
+
+    def timed(self, make: Callable[[], list[list[C]]]) -> list[list[C]]:
+        """The completions that ``make`` returns, of each problem, counted as those of ``generate``."""
+        begun = time.perf_counter()
+        with self._context.gathered():
+            groups = make()
+        self._finish(begun, [one for group in groups for one in group])
+        return groups
+
+    @property
+    def weight_version(self) -> int:
+        """Of the weights, as an engine on them counts."""
+        return (
+            weight_version(self._context.model.model)
+            if self._engine is None
+            else self._engine.stats()["weight_version"]
+        )
 
     def params(self, seed: int, n: int, temperature: float | None, used: int = 0, **given: Any) -> SamplingParams:
         """How completions are sampled.
@@ -177,7 +197,7 @@ class Rollout:
         found: dict[tuple[int, int], Completion] = {}
         deltas = cast(Generator[Delta, None, None], self.engine.stream(prompts, params))
         sequences, sampled = sum(one.n for one in params), 0
-        with closing(deltas):
+        with closing(deltas), count_shown(sequences, "completions sampled") as done:
             for delta in deltas:
                 sampled += len(delta.token_ids)
                 half = 2 * sampled >= sequences * self._section.max_completion_length
@@ -185,6 +205,7 @@ class Rollout:
                     self.note_blocks()
                 if delta.finished is not None:
                     found[delta.prompt_index, delta.index] = delta.finished
+                    done.update(len(found))
                 if self._context.stop.requested:
                     break
         return [found[at] for at in sorted(found)]
@@ -212,7 +233,7 @@ def _engine_elsewhere(fields: Mapping[str, Any]) -> Callable[..., Engine]:
 
 
 def problems_that_fit(
-    prompts: Prompts, stream: Stream, count: int, longest: int
+    token_ids_of: Callable[[Any], list[int]], stream: Stream, count: int, longest: int
 ) -> tuple[list[Any], list[list[int]], int]:
     """The next problems whose prompts have at most ``longest`` tokens, those prompts, and how many were passed over."""
     problems: list[Any] = []
@@ -220,7 +241,7 @@ def problems_that_fit(
     dropped, misses = 0, 0
     while len(problems) < count:
         (problem,) = stream.take(1)
-        ids = prompts.token_ids(problem)
+        ids = token_ids_of(problem)
         if len(ids) <= longest:
             problems.append(problem)
             token_ids.append(ids)
@@ -232,18 +253,30 @@ def problems_that_fit(
 
 
 def eval_completions(
-    context: RunContext, rollout: Rollout, prompts: Prompts, most: int, filter_overlong_prompts: bool = False
+    context: RunContext,
+    rollout: Rollout,
+    prompts: Prompts,
+    most: int,
+    filter_overlong_prompts: bool = False,
+    token_ids_of: Callable[[Any], list[int]] | None = None,
+    seen: Callable[[Sequence[Any], Sequence[Sequence[Completion]]], None] | None = None,
 ) -> dict[str, Any]:
     """Held-out problems, answered greedily and by one sample at temperature 1.
 
     Of a task the share that is solved, else the mean reward, and that of each function. The problems and the seeds of
     the samples are always the same ones. The processes share the work.
+
+    Args:
+        most: problems.
+        filter_overlong_prompts: pass over problems whose prompt is too long.
+        token_ids_of: of a problem, what fits is judged by; None for its prompt.
+        seen: is given this process's problems and their sampled completions.
     """
     stream, count = prompts.held_out(most)
     if not count:
         return {"eval_samples": 0}
     if filter_overlong_prompts:
-        problems = problems_that_fit(prompts, stream, count, rollout.max_prompt_length)[0]
+        problems = problems_that_fit(token_ids_of or prompts.token_ids, stream, count, rollout.max_prompt_length)[0]
     else:
         problems = stream.take(count)
     mine = list(enumerate(problems))[context.rank :: context.world_size]
@@ -253,6 +286,8 @@ def eval_completions(
     found: dict[str, Any] = {"eval_samples": count}
     for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         completions = prompts.roll_out(rollout, [problem for _, problem in mine], token_ids, seeds, 1, temperature)
+        if seen is not None and how == "sampled":
+            seen([problem for _, problem in mine], completions)
         judged = prompts.judge([problem for _, problem in mine], completions)
         values = [value for group in judged.rewards for value in group]
         if prompts.solvable:

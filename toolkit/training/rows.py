@@ -10,6 +10,7 @@ from toolkit.errors import ToolkitError, first_line
 from toolkit.strict_json import strict_json
 from toolkit.training.corpus import digest
 from toolkit.training.jsonl import BadLine, Line, LineSequence, bad_lines_error
+from toolkit.training.progress import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +69,8 @@ class RowDataset:
         self.train, self.held_out = RowIndex(rows, section.path), RowIndex(rows, section.path)
         self.bad: list[BadLine] = []
         threshold, seen = int(val_set_size * 2**64), hashlib.sha256()
-        for number, row in enumerate(rows, 1):
+        indexed = counted(rows, getattr(rows, "num_rows", None), f"data: rows of {section.path} indexed")
+        for number, row in enumerate(indexed, 1):
             value = without_nulls(row)
             text = text_of_row(value)
             seen.update(text.encode("utf-8", "surrogatepass"))

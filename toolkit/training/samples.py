@@ -20,6 +20,7 @@ class Sample:
     tokens: list[int]
     behaviour: list[float]
     advantage: float = 0.0
+    """Of all its tokens, where ``advantages`` has none."""
     weight: float = 0.0
     """Of each of its tokens in the loss; 0 for a sample that only fills a micro-batch."""
     masked: bool = False
@@ -35,6 +36,13 @@ class Sample:
     """By which its rotary tables are made: the completion's."""
     sampled: list[bool] | None = None
     """Which of its tokens are; None for all."""
+    advantages: list[float] | None = None
+    """Of each sampled token, where they differ."""
+
+    @property
+    def token_advantages(self) -> list[float]:
+        """Of each sampled token."""
+        return [self.advantage] * len(self.behaviour) if self.advantages is None else self.advantages
 
     def of_sampled(self, logprobs: "Tensor") -> "Tensor":
         """Those of its tokens' values that are of sampled ones."""

@@ -1,8 +1,8 @@
-"""Models with one score a sequence: a base model's layers with a new head, or a checkpoint of them."""
+"""Models with scores in the place of tokens: a base model's layers with a new head, or a checkpoint of them."""
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,44 +22,84 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def make_score_model(config: "PretrainedConfig", dtype: str) -> "PreTrainedModel":
-    """A model of random weights with one score. Raises ToolkitError where transformers has none of its type."""
-    from transformers import AutoModelForSequenceClassification
+class Head(NamedTuple):
+    """What a model has in the place of its head of tokens.
 
-    own = copy.deepcopy(config)
-    own.num_labels, own.architectures = 1, None
+    Args:
+        loader: the auto class of transformers.
+        architecture: how the names of its classes end.
+        labels: outputs.
+        what: a sentence's name for it.
+        of_tokens: whether it has outputs for each token.
+    """
+
+    loader: str
+    architecture: str
+    labels: int
+    what: str
+    of_tokens: bool
+
+
+HEADS = {
+    "score": Head("AutoModelForSequenceClassification", "ForSequenceClassification", 1, "one score a sequence", False),
+    "token_classes": Head(
+        "AutoModelForTokenClassification", "ForTokenClassification", 2, "two classes for each token", True
+    ),
+}
+"""By ``Objective.head``."""
+
+
+def make_score_model(config: "PretrainedConfig", dtype: str, head: str = "score") -> "PreTrainedModel":
+    """A model of random weights with a head of ``HEADS``, without dropout before it.
+
+    Raises ToolkitError where transformers has none of its type.
+    """
+    import transformers
+
+    kind, own = HEADS[head], copy.deepcopy(config)
+    own.num_labels, own.architectures = kind.labels, None
+    if kind.of_tokens:
+        own.classifier_dropout = 0.0  # 0.1 where a configuration says nothing
     try:
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(own, dtype=getattr(torch, dtype))
+        model: PreTrainedModel = getattr(transformers, kind.loader).from_config(own, dtype=getattr(torch, dtype))
     except Exception as error:
         raise ToolkitError(
-            f"model must be of a type with a head for sequences in transformers, got {config.model_type} "
+            f"model must be of a type with a head of {kind.what} in transformers, got {config.model_type} "
             f"({first_line(error)})."
         ) from None
     return model
 
 
 def load_score_model(
-    name_or_path: "str | Path", dtype: str, field: str, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: "str | Path",
+    dtype: str,
+    field: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    head: str = "score",
 ) -> "PreTrainedModel":
-    """A checkpoint with one score, or one that predicts tokens, whose layers get a head from the global generator.
+    """A checkpoint with a head of ``HEADS``, or one that predicts tokens, whose layers get a head from the global
+    generator.
 
     Raises:
-        ToolkitError: no checkpoint, more than one score, or no class of transformers with such a head.
+        ToolkitError: no checkpoint, another number of outputs, or no class of transformers with such a head.
     """
+    kind = HEADS[head]
     source = find_source(name_or_path, revision=revision, trust_remote_code=trust_remote_code, field=field)
-    if is_score_model(source):
+    if has_head_of(source, head):
         found: PreTrainedModel = load_weights(source, dtype, runner="pooling")
-        if found.config.num_labels != 1:
+        if found.config.num_labels != kind.labels:
             raise ToolkitError(
-                f"{field} must be a model with one score a sequence, got {found.config.num_labels} labels in "
-                f"'{name_or_path}'."
+                f"{field} must be a model with {kind.what}, got {found.config.num_labels} labels in '{name_or_path}'."
             )
         return found
     base: Any = load_weights(source, dtype)
-    model: Any = make_score_model(base.config, dtype)
+    model: Any = make_score_model(base.config, dtype, head)
     part = getattr(base, base.base_model_prefix, None)
     if type(part) is not type(getattr(model, model.base_model_prefix, None)):
-        raise ToolkitError(f"{field} must be a model whose layers fit a head for sequences, got {type(base).__name__}.")
+        raise ToolkitError(
+            f"{field} must be a model whose layers fit a head of {kind.what}, got {type(base).__name__}."
+        )
     setattr(model, model.base_model_prefix, part)
     model.name_or_path = base.name_or_path
     return model  # type: ignore[no-any-return]
@@ -67,7 +107,29 @@ def load_score_model(
 
 def is_score_model(source: Any) -> bool:
     """Whether a source is of transformers' sequence classification."""
-    return any(one.endswith("ForSequenceClassification") for one in _architectures(source))
+    return has_head_of(source, "score")
+
+
+def has_head_of(source: Any, head: str) -> bool:
+    """Whether a source has a head of ``HEADS``."""
+    return any(one.endswith(HEADS[head].architecture) for one in _architectures(source))
+
+
+def check_scores(model: Any, head: str) -> None:
+    """Prove the head of a patched model on ragged batches.
+
+    Raises:
+        ToolkitError: it computes something else there, or has outputs for each token where they are of a sequence, or
+            the other way round.
+    """
+    from toolkit.patching.pooled_head import check_head
+
+    kind = HEADS[head]
+    if check_head(model) is not kind.of_tokens:
+        other = "a sequence" if kind.of_tokens else "a token"
+        raise ToolkitError(
+            f"model.name_or_path must be a model with {kind.what}, got {type(model).__name__} with outputs of {other}."
+        )
 
 
 def _architectures(source: Any) -> Sequence[str]:
@@ -80,15 +142,18 @@ def _architectures(source: Any) -> Sequence[str]:
 
 
 def head_modules(model: Any) -> list[str]:
-    """Names of a model's modules outside of its layers: those of its head."""
-    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    """Names of a model's modules with weights outside of its layers: those of its head."""
+    modules = model.named_children()
+    return [name for name, one in modules if name != model.base_model_prefix and any(True for _ in one.parameters())]
 
 
 def sequence_scores(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """[S] the scores of whole sequences, with gradients. Common prefixes are computed once.
+    """[S] the scores of whole sequences, or [T, N] those of all their tokens, with gradients.
+
+    Common prefixes are computed once.
 
     Args:
-        model: a patched model with one score a sequence.
+        model: a patched model with a head of ``HEADS``.
         sequences: token ids of each.
     """
     device = next(model.parameters()).device

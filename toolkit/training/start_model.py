@@ -27,7 +27,7 @@ class StartModel:
     Args:
         recipe: of the run.
         tokenizer: of the run.
-        head: "tokens", or "score".
+        head: "tokens", or one of ``HEADS``.
         warmed_up: the checkpoint of the warm-up, None without one.
     """
 

@@ -1,9 +1,13 @@
-"""A call of a plain function that ends after some seconds."""
+"""Calls of functions that end after some seconds."""
 
+import asyncio
 import ctypes
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
+
+from toolkit.training.background_loop import is_async
 
 
 class TookTooLong(Exception):
@@ -45,3 +49,39 @@ def timed_call(function: Callable[[], Any], timeout: float) -> Any:
     if "error" in result:
         raise result["error"]
     return result["value"]
+
+
+async def called_within(
+    timeout: float | None, field: str, function: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
+    """What a plain or an asynchronous function returns. Plain ones run one at a time.
+
+    Args:
+        timeout: seconds; None is no bound.
+        field: of the recipe, for the error.
+
+    Raises:
+        TimeoutError: the time is over.
+    """
+    late = TimeoutError("" if timeout is None else f"it took longer than {field}, which is {timeout:g} seconds")
+    if timeout is None or is_async(function):
+        value = function(*args, **options)
+    else:
+        async with _one_at_a_time:
+            try:
+                value = await asyncio.to_thread(timed_call, lambda: function(*args, **options), timeout)
+            except TookTooLong:
+                raise late from None
+    if not inspect.isawaitable(value):
+        return value
+    try:
+        async with asyncio.timeout(timeout) as bound:
+            return await value
+    except TimeoutError:
+        if bound.expired():
+            raise late from None
+        raise  # the function's own
+
+
+_one_at_a_time = asyncio.Lock()
+"""Of the loop that functions of users run on."""

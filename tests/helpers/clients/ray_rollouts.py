@@ -148,6 +148,43 @@ def recipe() -> Any:
     return {"same weights": all(torch.equal(one, found[1][name]) for name, one in found[0].items())}
 
 
+def functions() -> Any:
+    """``rollout_func`` by TRL's trainer and by a recipe, which resumes."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from infer_patches.ray import rollout_func
+    from tests.helpers.objective_recipes import LOWER, objective_recipe, resumed, weights
+    from toolkit.training.loop import Trainer
+    from toolkit.training.metrics import read_metrics
+
+    objective = {"task": LOWER, "prompts": 2, "num_generations": 4, "rollout_func": "infer_patches.ray:rollout_func"}
+    recipe = objective_recipe(Path("recipe"), "grpo", objective)
+    whole = Trainer(recipe, quiet=True)
+    whole.fit()
+    lines = read_metrics(whole.folder / "metrics.jsonl")
+    again = weights(resumed(recipe.model_copy(update={"run_name": "again"})))
+    found: dict[str, Any] = {
+        "mismatch": [line["mismatch_bits"] for line in lines],
+        "resumed": all(torch.equal(one, again[name]) for name, one in weights(whole).items()),
+    }
+    trainer = GRPOTrainer(
+        model=random_model("llama", vocabulary=331),
+        args=GRPOConfig(
+            output_dir="grpo", max_steps=2, per_device_train_batch_size=8, num_generations=4, max_completion_length=8,
+            top_k=0, logging_steps=1, report_to=[], use_cpu=True, bf16=False, seed=5,
+        ),
+        processing_class=tiny_tokenizer(),
+        train_dataset=Dataset.from_list([{"prompt": text} for text in ("a model", "two rows", "of", "the engine")]),
+        reward_funcs=lambda completion_ids, **_: [sum(t % 2 for t in ids) / len(ids) for ids in completion_ids],
+        rollout_func=rollout_func,
+    )  # fmt: skip
+    toolkit.patch(trainer.model)
+    trainer.train()
+    found["steps"] = trainer.state.global_step
+    return found
+
+
 CASES = {
     "object store": lambda: samples("llama"),
     "folder": lambda: samples("llama", weight_folder="weights"),
@@ -155,6 +192,7 @@ CASES = {
     "failures": failures,
     "trl": trl,
     "recipe": recipe,
+    "functions": functions,
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A recipe in the making from other programs' settings: every key is used, or noted."""
 
 import copy
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -81,10 +82,10 @@ class Translation:
 
     def put(self, path: str, value: Any, name: str | None = None) -> None:
         """Set a field of the recipe, dotted. Where there is none, or none of this value, ``name`` is noted as lost."""
-        allowed = self.choices(path)
+        allowed, several = self.choices(path), isinstance(value, list) and self.takes_several(path)
         if not self.has(path):
             self.lose(name or path, NO_FIELD, value)
-        elif allowed and value not in allowed:
+        elif allowed and not (set(value) <= set(allowed) if several else value in allowed):
             self.lose(name or path, f"{path} is one of {', '.join(map(str, allowed))}", value)
         else:
             target = self.values
@@ -132,8 +133,18 @@ class Translation:
 
     def choices(self, path: str) -> tuple[Any, ...]:
         """The values that a field is one of; none where it takes others too."""
+        literals = [one for one in self._members(path) if typing.get_origin(one) is typing.Literal]
+        return tuple(value for one in literals for value in typing.get_args(one))
+
+    def takes_several(self, path: str) -> bool:
+        """Whether a field of such values may be a list of them."""
+        return len(self._members(path)) > 1
+
+    def _members(self, path: str) -> tuple[Any, ...]:
+        """The types of a field that are not None."""
         annotation = annotation_of(path, self.kind)
-        return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+        union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        return tuple(one for one in typing.get_args(annotation) if one is not type(None)) if union else (annotation,)
 
     def finish(self, unneeded: Mapping[str, str]) -> None:
         """Deal with what is left: a key that one field of the recipe is called by is that field, where it is valid.

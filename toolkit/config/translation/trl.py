@@ -13,7 +13,7 @@ DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0, "lr_scheduler_type": "linear", "weight_decay": 0.0, "adam_beta1": 0.9,
     "adam_beta2": 0.999, "adam_epsilon": 1e-8, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05,
 }  # fmt: skip
-RATES = {"sft": 2e-5, "distill": 2e-5, "reward": 1e-4}
+RATES = {"sft": 2e-5, "distill": 2e-5, "reward": 1e-4, "prm": 1e-5}
 """Default learning rates; others are 1e-6."""
 UNNEEDED = {
     **ALWAYS,
@@ -42,12 +42,16 @@ UNNEEDED = {
 
 def kind_of(settings: Mapping[str, Any]) -> str:
     """The objective that the keys are of; sft where they leave it open."""
+    if "distillation_mode" in settings or "teacher_model_kind" in settings:
+        return "sdft"
     if "normalize_advantages" in settings or "reward_clip_range" in settings:
         return "rloo"
     if "reward_funcs" in settings or "num_generations" in settings:
         return "grpo"
     if "teacher_model_name_or_path" in settings:
         return "distill"
+    if "step_separator" in settings or "train_on_last_step_only" in settings:
+        return "prm"
     if "center_rewards_coefficient" in settings:
         return "reward"
     if "desirable_weight" in settings or "undesirable_weight" in settings:
@@ -63,8 +67,10 @@ def translate(settings: Mapping[str, Any], kind: str | None) -> Translation:
     t.adapters = bool(t.take("use_peft", False))
     training_arguments(t, {**DEFAULTS, "learning_rate": RATES.get(t.kind, 1e-6)})
     _data(t)
-    if t.kind in ("grpo", "rloo"):
+    if t.kind in ("grpo", "rloo", "reinforce_plus_plus"):
         objectives.rollouts(t)
+    elif t.kind == "sdft":
+        objectives.self_distillation(t)
     elif t.kind == "distill":
         objectives.distillation(t)
     else:

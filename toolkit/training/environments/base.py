@@ -9,10 +9,11 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from toolkit.chat.tools import Tool
 from toolkit.registry import Registry
+from toolkit.training.timed_call import called_within
 
 Messages = str | list[dict[str, Any]]
 """A conversation: of a prompt that is a text the text so far, else messages."""
@@ -47,11 +48,15 @@ class Environment(ABC):
         max_turns: most turns of the model in a conversation.
         rubric: judges; where it has no functions the recipe's ``reward_funcs`` or its task do.
         tools: that the prompt shows to the model.
+        timeout: seconds that one of its answers may take, ``objective.environment_timeout``; None is no bound.
     """
 
     max_turns: int = 10
     rubric: Rubric = Rubric()
     tools: Sequence[Tool] = ()
+    timeout: float | None = None
+    bounds_itself: ClassVar[bool] = False
+    """Whether its methods see to ``timeout`` themselves."""
 
     def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -95,6 +100,11 @@ class Environment(ABC):
 
 
 ENVIRONMENTS: Registry[Environment] = Registry("toolkit.training.environments")
+
+
+async def within(timeout: float | None, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What an environment's method or tool returns. Raises TimeoutError where it takes too long."""
+    return await called_within(timeout, "objective.environment_timeout", function, *args, **options)
 
 
 async def awaited(value: Any) -> Any:

@@ -10,7 +10,7 @@ from toolkit.chat.reply import ReplyReading, parse_reply, reading_of
 from toolkit.chat.template import template_of
 from toolkit.chat.tools import Tool, tool_message
 from toolkit.errors import ToolkitError, first_line
-from toolkit.training.environments.base import Environment, Messages, State, awaited
+from toolkit.training.environments.base import Environment, Messages, State, awaited, within
 
 _NO_TOOLS = ("reset", "get_reward")
 
@@ -48,6 +48,8 @@ class ToolEnvironment(Environment):
         names = [name for name, _ in inspect.getmembers(type(instance), inspect.isfunction)]
         return [getattr(instance, name) for name in names if not name.startswith("_") and name not in _NO_TOOLS]
 
+    bounds_itself = True
+
     def bind(self, tokenizer: Any) -> tuple[int, ...]:
         tools = [tool.for_template() for tool in self.tools]
         self._reading: ReplyReading = reading_of(tokenizer, template_of(tokenizer, None, tools))
@@ -66,7 +68,7 @@ class ToolEnvironment(Environment):
         state["tool_calls"] = state["tool_failures"] = 0
         if instance is None:
             return
-        observation = await awaited(instance.reset(**state["columns"]))
+        observation = await within(self.timeout, instance.reset, **state["columns"])
         if observation is None:
             return
         prompt = state["prompt"]
@@ -98,7 +100,7 @@ class ToolEnvironment(Environment):
             if function is None:
                 raise ValueError(f"Tool {name} not found.")
             arguments = json.loads(call["function"]["arguments"] or "{}")
-            result = await awaited(function(**arguments))
+            result = await within(self.timeout, function, **arguments)
         except (Exception, SystemExit) as error:
             state["tool_failures"] += 1
             result = {"error": first_line(error)}

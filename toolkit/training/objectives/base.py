@@ -49,6 +49,7 @@ class RunContext:
         stop: whether a signal has asked the run to stop.
         gathered: inside of what it returns this process has the whole model, where that is sharded over processes: all
             must enter it, and inside they need not do the same.
+        averaged: inside of what it returns the model has the moving average of ``train.ema_decay``.
     """
 
     recipe: Recipe
@@ -61,6 +62,7 @@ class RunContext:
     log: Callable[[str], None]
     stop: StopRequest = field(default_factory=StopRequest)
     gathered: Callable[[], AbstractContextManager[None]] = nullcontext
+    averaged: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @cached_property
     def details(self) -> StepDetails:
@@ -128,8 +130,8 @@ class Objective(ABC, Generic[S]):
     """Whether ``evaluate`` also runs before the first step."""
     eval_metric: str = "eval_loss"
     """The held-out metric by which checkpoints are compared, where the recipe names none."""
-    head: ClassVar[Literal["tokens", "score"]] = "tokens"
-    """Whether the model predicts tokens, or has one score a sequence."""
+    head: ClassVar[Literal["tokens", "score", "token_classes"]] = "tokens"
+    """Whether the model predicts tokens, has one score a sequence, or two classes for each token."""
     fingerprint: str
     """Of the data: a position in it means something only for the same data."""
     data_report: str = ""

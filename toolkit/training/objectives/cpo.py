@@ -24,15 +24,20 @@ class CPOSection(PreferenceSection):
     """Probability that a pair's sides are swapped; of sigmoid and simpo."""
     simpo_gamma: Annotated[float, Field(ge=0)] = 0.5
     """By how much the margin, times beta, is to exceed 0; of simpo."""
+    alpha: float = 0.0
+    """Rewards are (1 - p^-alpha) / alpha of the probability p in the place of its logarithm (AlphaPO; Gupta et al.,
+    2025); 0 is that."""
 
 
 class CPO(Preference[CPOSection]):
     """The rewards that it logs are beta times the log-probabilities."""
 
     def preference_loss(self, scores: "Scores") -> "Tensor":
-        from toolkit.training.preference_losses import WITHOUT_REFERENCE, Settings
+        from toolkit.training.preference_losses import WITHOUT_REFERENCE, Settings, alpha_rewards
 
         section = self.section
+        if section.alpha:
+            scores = alpha_rewards(scores, section.alpha, means=section.loss_type in ("ipo", "simpo"))
         settings = Settings(section.beta, section.label_smoothing, simpo_gamma=section.simpo_gamma)
         return WITHOUT_REFERENCE[section.loss_type](scores, settings)
 

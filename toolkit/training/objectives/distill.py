@@ -1,26 +1,31 @@
-"""On-policy distillation: the student rolls out, and learns the teacher's distribution at every sampled token.
+"""Distillation from another model: the student learns the teacher's distribution at every token of completions.
 
 Agarwal et al., "On-Policy Distillation of Language Models", 2024 (generalised knowledge distillation).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from toolkit.config.base import Count, Fraction, Section
 from toolkit.config.objective import OnPolicySection, Positive
 from toolkit.errors import ToolkitError
-from toolkit.packing import in_batches
+from toolkit.training.corpus import digest
 from toolkit.training.objectives.base import RunContext
-from toolkit.training.objectives.on_policy import OnPolicyObjective
+from toolkit.training.objectives.distillation import Target, WithTeacher
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from toolkit.chat import ChatTokenizer
+    from toolkit.engine.outputs import Completion
     from toolkit.state.batch import RaggedBatch
+    from toolkit.training.distillation_losses import Comparison
+    from toolkit.training.rollout import Rollout
 
 
 class TeacherSection(Section):
@@ -46,7 +51,11 @@ class TeacherSection(Section):
 
 
 class DistillSection(OnPolicySection):
-    """On-policy distillation, generalised (GKD). Of lines, reward functions are measured alone and may be left out."""
+    """Distillation, on-policy or generalised (GKD); fields have the names of TRL's ``GKDConfig``.
+
+    Of lines, reward functions are measured alone and may be left out. With ``lmbda`` below 1 lines have ``prompt`` and
+    ``completion``, or ``messages`` of which the last one is the assistant's; of a task the right answer is learnt.
+    """
 
     needs_rewards: ClassVar[bool] = False
 
@@ -55,39 +64,38 @@ class DistillSection(OnPolicySection):
     num_generations: Count = 1
     """Completions per prompt."""
     beta: Fraction = 1.0
-    """As in TRL's ``GKDConfig``: 0 is the KL divergence from teacher to student, 1 (mode-seeking) that from student to
-    teacher, between them the Jensen-Shannon divergence in which the teacher has this weight."""
-    teacher_top_k: Count = 16
-    """Of the teacher's most probable tokens; all others are one outcome."""
+    """0 is the KL divergence from teacher to student, 1 (mode-seeking) that from student to teacher, between them the
+    Jensen-Shannon divergence in which the teacher has this weight."""
+    lmbda: Fraction = 1.0
+    """Share of the steps whose completions the student samples; those of the others are the data's. TRL's default is
+    0.5."""
+    seq_kd: bool = False
+    """In those others the teacher samples the completions."""
+    teacher_top_k: Count | None = 16
+    """Of the teacher's most probable tokens; all others are one outcome. null compares all tokens, as TRL does."""
+
+    @property
+    def needs_completions(self) -> bool:
+        return self.lmbda < 1.0 and not self.seq_kd
+
+    @model_validator(mode="after")
+    def _the_teacher_samples(self) -> Self:
+        if self.seq_kd and self.lmbda == 1.0:
+            raise ValueError("objective.lmbda must be < 1 with objective.seq_kd, got 1.0")
+        return self
 
 
-class Sampled(NamedTuple):
-    """A completion after its prompt without its last token, how many of its tokens count, and its rotary length."""
+class Distillation(WithTeacher[DistillSection]):
+    """See ``DistillSection``. The teacher is frozen."""
 
-    ids: list[int]
-    counted: int
-    rotary_length: int
-
-
-class MicroBatch(NamedTuple):
-    """Rows whose next token the student sampled, for how many completions, and the teacher's top-k tokens there."""
-
-    batch: "RaggedBatch"
-    rows: "Tensor"
-    counts: "Tensor"
-    candidates: "Tensor"
-    teacher: "Tensor"
-    share: float
-
-
-class Distillation(OnPolicyObjective[DistillSection]):
-    """See ``DistillSection``. The teacher is frozen; its log-probabilities are computed once per rollout."""
-
-    primary_metric = "divergence"
+    _sampled = True
+    _chat: "ChatTokenizer"
+    _teacher_rollout: "Rollout | None" = None
 
     def bind(self, context: RunContext) -> None:
+        from toolkit.chat import ChatTokenizer
         from toolkit.patching.adapters import vocabulary_size
-        from toolkit.training.model import Reference, load_checkpoint
+        from toolkit.training.model import Reference, eos_token_ids, load_checkpoint
 
         super().bind(context)
         model = load_checkpoint(self._teacher(), self.recipe.forward_dtype, "objective.teacher.name_or_path")
@@ -97,12 +105,19 @@ class Distillation(OnPolicyObjective[DistillSection]):
             raise ToolkitError(
                 f"objective.teacher must have the student's vocabulary size, which is {own}, got {vocabulary}."
             )
-        if self.section.teacher_top_k >= vocabulary:
+        if self.section.teacher_top_k is not None and self.section.teacher_top_k >= vocabulary:
             raise ToolkitError(
                 f"objective.teacher_top_k must be < the vocabulary size, which is {vocabulary}, got "
                 f"{self.section.teacher_top_k}."
             )
         self.teacher = Reference(model, self.recipe.model, context.device)
+        self._chat = ChatTokenizer(
+            context.tokenizer,
+            chat_template_kwargs=self.section.chat_template_kwargs,
+            eos_token_ids=eos_token_ids(context.model.model),
+        )
+        if self.section.lmbda < 1.0 and self.section.seq_kd:
+            self._teacher_rollout = self._rollout_of_teacher(context)
 
     def _teacher(self) -> str | Path:
         """The checkpoint of the teacher, which is trained first if there is none yet."""
@@ -117,61 +132,70 @@ class Distillation(OnPolicyObjective[DistillSection]):
         self.context.log(f"teacher: {self.section.teacher.max_steps} steps")
         return self.context.nested_run(teacher_recipe(self.recipe, tokenizer))
 
-    def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
-        self.begin()
-        problems, groups = self.roll_out(step, self.section.num_generations)
-        self.count(problems, groups)
-        completions = [one for group in groups for one in group]
-        # The last token predicts nothing.
-        sampled = [
-            Sampled([*one.prompt_token_ids, *one.token_ids[:-1]], len(one.token_ids), one.rotary_length or 1)
-            for one in completions
+    def _rollout_of_teacher(self, context: RunContext) -> "Rollout":
+        """What generates with the teacher's weights, of which every process has all."""
+        from toolkit.training.model import RaggedModel
+        from toolkit.training.rollout import Rollout
+
+        of_teacher = replace(context, model=RaggedModel(self.teacher.model), gathered=nullcontext)
+        return Rollout(of_teacher, self.section.rollout.model_copy(update={"engine": None}))
+
+    @property
+    def teacher_model(self) -> Any:
+        return self.teacher.model
+
+    def comparison(self) -> "Comparison":
+        from toolkit.training.distillation_losses import Comparison
+
+        top_k = self.section.teacher_top_k
+        return Comparison("full_logits" if top_k is None else "teacher_topk_logits", self.section.beta, top_k or 0)
+
+    def teacher_logits(self, forward: Callable[..., Any], batch: "RaggedBatch", rows: "Tensor") -> "Tensor":
+        return self.teacher.logits(batch, rows)
+
+    def on_policy(self, step: int) -> bool:
+        """Whether the student samples the completions of a step; the same in all processes."""
+        return digest(f"{self.recipe.seed}/lmbda/{step}") < self.section.lmbda * 2**64
+
+    def step_targets(self, step: int) -> list[Target]:
+        self._sampled = self.on_policy(step)
+        if self._sampled:
+            return super().step_targets(step)
+        self.prompts.begin_step(step, self.recipe.train.max_steps)
+        problems, prompts = self._next_problems()
+        if self._teacher_rollout is not None:
+            groups = self._teacher_rollout.generate(prompts, self.seeds(step, len(problems)), 1)
+            return self.targets(problems, groups)
+        return [self._given(problem) for problem in problems]
+
+    def _given(self, problem: Any) -> Target:
+        """The data's own completion."""
+        given, completion = self.prompts.with_completion(problem)
+        tokens = self._chat.preference(given, completion, completion, *self.prompts.options(problem))
+        room = max(self.recipe.train.max_length - len(tokens.prompt), 1)
+        return Target(tokens.prompt, tokens.prompt, tokens.chosen[:room])
+
+    def targets(self, problems: Sequence[Any], groups: "Sequence[Sequence[Completion]]") -> list[Target]:
+        return [
+            Target(one.prompt_token_ids, one.prompt_token_ids, one.token_ids, rotary_length=one.rotary_length or 1)
+            for group in groups
+            for one in group
         ]
-        packs = in_batches(sampled, lambda item: len(item.ids), self.recipe.train.batch_tokens)
-        (total,) = self.context.reduce_sum([sum(len(one.token_ids) for one in completions)])
-        self.trained_tokens = int(total)
-        count = self.context.reduce_max(len(packs))
-        micros = [self._micro(pack, self.context.world_size / total) for pack in packs]
-        micros += [micros[0]._replace(share=0.0) for _ in range(count - len(micros))]
-        yield micros
 
-    def _micro(self, pack: Sequence[Sampled], share: float) -> MicroBatch:
-        import torch
-
-        from toolkit.patching import choose_rotary_lengths
-        from toolkit.state.batch import RaggedBatch
-
-        device = self.context.device
-        models = [self.context.model.model, self.teacher.model]
-        rotary = choose_rotary_lengths(models, [max(len(one.ids) + 1, one.rotary_length) for one in pack])
-        batch = RaggedBatch.from_sequences([one.ids for one in pack], device=device, rotary_lengths=rotary)
-        ends = accumulate(len(one.ids) for one in pack)
-        positions = torch.cat([torch.arange(end - one.counted, end) for end, one in zip(ends, pack)]).to(device)
-        # Completions share the rows of their common prefix; the loss there counts for each of them.
-        rows, counts = (positions if batch.sample_rows is None else batch.sample_rows[positions]).unique(
-            return_counts=True
-        )
-        logprobs = self.teacher.logits(batch, rows).float().log_softmax(-1)
-        best = logprobs.topk(self.section.teacher_top_k, dim=-1)
-        return MicroBatch(batch, rows, counts, best.indices, best.values, share)
-
-    def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> "Tensor":
-        from toolkit.ops.linear_logprob.deferred import token_logprobs
-        from toolkit.training.losses import generalized_jsd, with_tail
-
-        logits = forward(micro.batch, micro.rows)
-        student, _ = token_logprobs(logits, micro.candidates)
-        each = generalized_jsd(with_tail(micro.teacher.to(student.dtype)), with_tail(student), self.section.beta)
-        divergence = (each * micro.counts).sum()
-        real = float(micro.share > 0.0)
-        self.sums.add(divergence=divergence.item() * real, trained=micro.counts.sum().item() * real)
-        return divergence * micro.share
-
-    def rows(self, micro: MicroBatch) -> int:
-        if not micro.share:
-            return 0
-        return len(micro.batch.tokens if micro.batch.sample_rows is None else micro.batch.sample_rows)
+    def weigh(self, targets: Sequence[Target]) -> list[Target]:
+        """The loss is a mean over the tokens of all processes."""
+        (total,) = self.context.reduce_sum([sum(one.counted for one in targets)])
+        return [one._replace(weight=self.context.world_size / total) for one in targets]
 
     def finish(self) -> tuple[int, dict[str, float]]:
+        share = {"on_policy": float(self._sampled)} if self.section.lmbda < 1.0 else {}
+        if self._sampled:
+            tokens, values = super().finish()
+            return tokens, {**values, **share}
         got = self.take()
-        return self.trained_tokens, {"divergence": got["divergence"] / got["trained"], **self.metrics(got)}
+        return self.trained_tokens, {"divergence": got["divergence"] / max(got["trained"], 1.0), **share}
+
+    def close(self) -> None:
+        if self._teacher_rollout is not None:
+            self._teacher_rollout.close()
+        super().close()

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from toolkit.config.base import Fraction
 from toolkit.config.objective import Positive
 from toolkit.training.objectives.preference import Preference, PreferenceSection
 
@@ -14,35 +15,65 @@ if TYPE_CHECKING:
 
 
 _SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")
+_DIVERGED = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+LossType = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop",
+]  # fmt: skip
 
 
 class DPOSection(PreferenceSection):
     """Direct preference optimisation. The reference is the initial model (after the warm-up)."""
 
     kind: Literal["dpo"] = "dpo"
-    loss_type: Literal[
-        "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-        "aot_unpaired", "apo_zero", "apo_down", "discopop",
-    ] = "sigmoid"  # fmt: skip
-    """The loss of a pair, by TRL's names; ``toolkit/training/preference_losses.py`` has the formulas.
-    aot and aot_unpaired sort the pairs of one forward: a ``train.batch_tokens`` that holds a step's sorts them all."""
+    loss_type: LossType | Annotated[list[LossType], Field(min_length=1)] = "sigmoid"
+    """The loss of a pair, by TRL's names, or several, which are added; formulas are in
+    ``toolkit/training/preference_losses.py``. aot and aot_unpaired sort the pairs of one forward: a
+    ``train.batch_tokens`` that holds a step's sorts them all."""
+    loss_weights: list[float] | None = None
+    """Of each of several ``loss_type``; null is 1 each."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Probability that a pair's sides are swapped; of sigmoid, sigmoid_norm, exo_pair (> 0), robust, aot and
     aot_unpaired."""
     discopop_tau: Positive = 0.05
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """The divergence from the reference that is bounded (f-DPO); of sigmoid, sigmoid_norm, hinge, ipo, exo_pair, robust
+    and discopop."""
+    f_alpha_divergence_coef: float = 0.5
+    """Alpha of alpha_divergence; 1 is reverse_kl."""
+    ld_alpha: Fraction | None = None
+    """Weight of the tokens by which one completion of a pair is longer than the other, in the sums of
+    log-probabilities (LD-DPO; Liu et al., 2024); null is 1."""
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the chosen completions' cross-entropy beside the preference (RPO), a mean over the step's tokens of
     them; TRL's ``loss_type: [sigmoid, sft]``."""
 
+    @property
+    def losses(self) -> list[tuple[str, float]]:
+        """Names and weights."""
+        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        return list(zip(names, self.loss_weights or [1.0] * len(names), strict=True))
+
     @model_validator(mode="after")
-    def _smoothing_fits(self) -> Self:
-        if self.loss_type == "exo_pair" and self.label_smoothing == 0:
-            raise ValueError("objective.label_smoothing must be > 0 for objective.loss_type 'exo_pair', got 0")
-        if self.label_smoothing and self.loss_type not in _SMOOTHED:
+    def _settings_fit(self) -> Self:
+        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        if self.loss_weights is not None and len(self.loss_weights) != len(names):
             raise ValueError(
-                f"objective.label_smoothing must be 0 for objective.loss_type '{self.loss_type}', got "
-                f"{self.label_smoothing}"
+                f"objective.loss_weights must have a weight for each of {len(names)} objective.loss_type, got "
+                f"{len(self.loss_weights)}"
             )
+        for name in names:
+            if name == "exo_pair" and self.label_smoothing == 0:
+                raise ValueError("objective.label_smoothing must be > 0 for objective.loss_type 'exo_pair', got 0")
+            if self.label_smoothing and name not in _SMOOTHED:
+                raise ValueError(
+                    f"objective.label_smoothing must be 0 for objective.loss_type '{name}', got {self.label_smoothing}"
+                )
+            if self.f_divergence_type != "reverse_kl" and name not in _DIVERGED:
+                raise ValueError(
+                    f"objective.f_divergence_type must be 'reverse_kl' for objective.loss_type '{name}', got "
+                    f"'{self.f_divergence_type}'"
+                )
         return self
 
 
@@ -52,11 +83,20 @@ class DPO(Preference[DPOSection]):
     has_reference: ClassVar[bool] = True
 
     def preference_loss(self, scores: "Scores") -> "Tensor":
-        from toolkit.training.preference_losses import WITH_REFERENCE, Settings
+        from toolkit.training.preference_losses import WITH_REFERENCE, Settings, diverged
 
         section = self.section
         settings = Settings(section.beta, section.label_smoothing, section.discopop_tau)
-        return WITH_REFERENCE[section.loss_type](scores, settings)
+        scores = diverged(scores, section.f_divergence_type, section.f_alpha_divergence_coef)
+        (name, weight), *others = section.losses
+        found = WITH_REFERENCE[name](scores, settings) * weight
+        for name, weight in others:
+            found = found + WITH_REFERENCE[name](scores, settings) * weight
+        return found
+
+    @property
+    def longer_weight(self) -> float:
+        return 1.0 if self.section.ld_alpha is None else self.section.ld_alpha
 
     def supervised_weight(self) -> float:
         return self.section.sft_weight

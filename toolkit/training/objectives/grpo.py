@@ -2,14 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, model_validator
-
-from toolkit.config.base import Count
-from toolkit.config.objective import OnPolicySection, Positive
 from toolkit.training.objectives.base import RunContext
-from toolkit.training.objectives.on_policy import OnPolicyObjective
+from toolkit.training.objectives.grpo_section import GRPOSection
+from toolkit.training.objectives.on_policy import TRUNCATED, OnPolicyObjective
 from toolkit.training.prompts import Judged
 from toolkit.training.samples import MicroBatch, Sample, filler, pack
 
@@ -17,111 +14,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from toolkit.engine.outputs import Completion
-
-
-class GRPOSection(OnPolicySection):
-    """GRPO and its relatives; fields have the names of TRL's ``GRPOConfig``.
-
-    GRPO (DeepSeekMath, 2024) by default. Dr. GRPO (Liu et al., 2025): ``scale_rewards: none, loss_type: dr_grpo``.
-    DAPO (Yu et al., 2025): ``epsilon_high: 0.28, dynamic_sampling: true, loss_type: dapo``.
-    GSPO (Zheng et al., 2025): ``importance_sampling_level: sequence, epsilon: 3e-4, epsilon_high: 4e-4``.
-    """
-
-    kind: Literal["grpo"] = "grpo"
-    num_generations: Annotated[int, Field(ge=2)] = 8
-    """Completions per prompt."""
-    num_iterations: Count = 1
-    """Optimizer updates on each batch of rollouts."""
-    scale_rewards: Annotated[
-        Literal["group", "batch", "none"],
-        BeforeValidator(lambda v: {True: "group", False: "none"}[v] if isinstance(v, bool) else v),
-    ] = "group"
-    """Advantages are divided by the standard deviation of their group's rewards, of all rewards of the step (as in
-    REINFORCE++ with a baseline; Hu et al., 2025), or not. true is group, false none."""
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    """Of several ``reward_funcs``. normalize_then_sum (GDPO; Liu et al., 2026): each function's rewards are normalised
-    in their group, then summed by their weights, then normalised over the step; ``scale_rewards`` has no part in it."""
-    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"] = "grpo"
-    """grpo: mean over the tokens of a completion, then over completions. dapo: mean over all tokens. bnpo: over
-    those of each process. dr_grpo: sum over tokens, divided by ``rollout.max_completion_length``, mean over
-    completions. cispo (MiniMax, 2025): as dapo, but ratios are bounded by ``epsilon_high`` and weigh the
-    log-probability."""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Each token's ratio, or the geometric mean over its completion."""
-    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Ratios are clipped to 1 - epsilon .. 1 + epsilon_high."""
-    epsilon_high: Annotated[float, Field(ge=0)] | None = None
-    """null is ``epsilon``. Of cispo the largest ratio itself, e.g. 5.0."""
-    delta: Positive | None = None
-    """Ratios are bounded by it on the other side, too, where the advantage is negative (INTELLECT-2); null does not."""
-    mask_truncated_completions: bool = False
-    """Completions that ``rollout.max_completion_length`` cut count in their group's mean and not in the loss."""
-    dynamic_sampling: bool = False
-    """Drop groups whose rewards are all equal, and roll out others in their place."""
-    max_rounds: Count = 4
-    """Most rounds of rollouts per step with ``dynamic_sampling``; what is there then is used."""
-    importance_sampling_clip_max: Positive | None = None
-    """Weigh tokens by min(p_train / p_rollout, this), without gradient; for fast numerics. null does not."""
-    replay_routing: bool = False
-    """Of an MoE model: train every token through the experts that it was rolled out with."""
-    replay_selection: bool = False
-    """Of a model with sparse attention: train every token over the keys that it was rolled out with."""
-    environment: str | dict[str, Any] | None = None
-    """Answers completions, for several turns: ``package.module:Class`` or a name, or a mapping of ``name`` and the
-    fields of the class (``toolkit.training.environments``). Its answers are not trained on."""
-    environment_factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
-    """As in TRL: ``module:Class`` of objects whose public methods are tools, with ``reset``, and ``get_reward`` where
-    they judge."""
-    tools: list[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = Field(default_factory=list)
-    """As in TRL: functions by ``module:function`` that the model may call; results are not trained on."""
-    max_turns: Count | None = None
-    """Most turns of the model in a conversation; null is the environment's own number, of tools 10."""
-    beta: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL divergence from the initial model (after the warm-up); above 0 keeps a copy of that."""
-
-    @model_validator(mode="after")
-    def _samples_from_the_policy(self) -> Self:
-        if self.rollout.temperature != 1.0:
-            raise ValueError(
-                "objective.rollout.temperature must be 1.0 with objective.kind 'grpo', which trains the distribution "
-                f"that it samples from, got {self.rollout.temperature}"
-            )
-        several = self.environment_factory is not None or bool(self.tools)
-        if self.environment is not None and several:
-            raise ValueError(
-                "objective.environment must be null with objective.environment_factory or objective.tools, got "
-                f"{self.environment!r}"
-            )
-        if self.max_turns is not None and self.environment is None and not several:
-            raise ValueError(
-                "objective.max_turns must be null without objective.environment, objective.environment_factory and "
-                f"objective.tools, got {self.max_turns}"
-            )
-        if (several or self.environment is not None) and self.rollout.structured_outputs is not None:
-            raise ValueError("objective.rollout.structured_outputs must be null with several turns")
-        if self.multi_objective_aggregation != "sum_then_normalize" and not self.reward_funcs:
-            raise ValueError(
-                "objective.multi_objective_aggregation must be 'sum_then_normalize' without objective.reward_funcs, "
-                f"got '{self.multi_objective_aggregation}'"
-            )
-        if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ValueError("objective.epsilon_high must be given with objective.loss_type 'cispo', got null")
-        if self.delta is not None and (self.loss_type == "cispo" or self.delta <= 1.0 + self._epsilon_high):
-            raise ValueError(
-                "objective.delta must be > 1 + objective.epsilon_high, and null with objective.loss_type 'cispo', got "
-                f"{self.delta}"
-            )
-        return self
-
-    @property
-    def _epsilon_high(self) -> float:
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+    from toolkit.training.losses import KLEstimator, Surrogate
+    from toolkit.training.model import Reference
 
 
 class GRPO(OnPolicyObjective[GRPOSection]):
     """GRPO and its relatives: see ``GRPOSection``. Behaviour log-probabilities are the engine's own."""
 
     primary_metric = "reward"
+    least_scored = 2
+    """Completions of a group with a reward: fewer have nothing beside them, and the group is dropped."""
+
+    @property
+    def kl_estimator(self) -> "KLEstimator":
+        """Of the divergence in the loss."""
+        return "k3"
 
     @property
     def sequence_ratio(self) -> Literal["none", "mean", "product"]:
@@ -139,18 +46,20 @@ class GRPO(OnPolicyObjective[GRPOSection]):
     def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
         self.begin()
         groups = self._groups(step)
+        self.finish_advantages(groups)
         self._weigh([sample for group in groups for sample in group])
         groups = [kept for group in groups if (kept := [sample for sample in group if not sample.masked])]
         if self.reference is None:
             # A group whose rewards are all equal has no gradient: it counts in the mean and needs no forward.
-            groups = [group for group in groups if any(sample.advantage for sample in group)]
+            groups = [group for group in groups if any(any(sample.token_advantages) for sample in group)]
         micros = pack(groups, self.recipe.train.batch_tokens)
         count = self.context.reduce_max(len(micros))
         if not micros and count:  # every process gives as many micro-batches, of padding if need be
             padding = Sample([self.context.tokenizer.eos_token_id], [self.context.tokenizer.eos_token_id], [0.0])
             micros = [MicroBatch([padding])]
         micros += [MicroBatch([filler(micros[0].samples[0])]) for _ in range(count - len(micros))]
-        self._remember_reference(micros)
+        if self.reference is not None:
+            self.remember_reference(self.reference, micros)
         for update in range(self.section.num_iterations if count else 0):
             for micro in micros:
                 micro.first = update == 0
@@ -174,7 +83,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
                 advantages = self.advantages(rewards, completions)
             for group, scored, values in zip(completions, (~rewards.isnan()).tolist(), advantages.tolist()):
                 # Completions without a reward are as if they had not been sampled; one alone has nothing beside it.
-                if sum(scored) < 2 or (section.dynamic_sampling and not any(values)):
+                if sum(scored) < self.least_scored or (section.dynamic_sampling and not any(values)):
                     dropped += 1
                     continue
                 kept = [(one, value) for one, has, value in zip(group, scored, values) if has]
@@ -191,7 +100,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
             one.token_ids,
             one.logprobs,
             advantage,
-            masked=self.section.mask_truncated_completions and one.finish_reason == "length",
+            masked=self.section.mask_truncated_completions and one.finish_reason in TRUNCATED,
             routing=one.routed_experts,
             selection=one.selected_keys,
             rotary_length=one.rotary_length,
@@ -233,27 +142,33 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         trained = sum(len(sample.behaviour) for sample in samples if not sample.masked)
         count, tokens = self.context.reduce_sum([len(samples), trained])
         for sample in samples:
-            if self.section.loss_type in ("dapo", "cispo"):
+            if self.section.loss_type in ("dapo", "cispo", "vespo"):
                 weight = 1.0 / max(tokens, 1.0)
             elif self.section.loss_type == "bnpo":
                 weight = 1.0 / (max(trained, 1) * self.context.world_size)
-            elif self.section.loss_type == "grpo":
+            elif self.section.loss_type in ("grpo", "sapo"):
                 weight = 1.0 / (count * max(len(sample.behaviour), 1))
+            elif self.section.loss_type == "luspo":
+                weight = 1.0 / count
             else:
                 weight = 1.0 / (count * self.section.rollout.max_completion_length)
             sample.weight = weight * self.context.world_size  # gradients are averaged over the processes
 
-    def _remember_reference(self, micros: Sequence[MicroBatch]) -> None:
-        if self.reference is not None:
-            for micro in micros:
-                values = self.reference.logprobs(micro.sequences, micro.lengths, micro.rotary_lengths)
-                for sample, value in zip(micro.samples, values):
-                    sample.reference = sample.of_sampled(value)
+    def finish_advantages(self, groups: Sequence[Sequence[Sample]]) -> None:
+        """What the advantages of this process's groups lack that is not of each group alone."""
+
+    @staticmethod
+    def remember_reference(reference: "Reference", micros: Sequence[MicroBatch]) -> None:
+        """Give samples the log-probabilities of their sampled tokens under the reference."""
+        for micro in micros:
+            values = reference.logprobs(micro.sequences, micro.lengths, micro.rotary_lengths)
+            for sample, value in zip(micro.samples, values):
+                sample.reference = sample.of_sampled(value)
 
     def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> "Tensor":
         import torch
 
-        from toolkit.training.losses import divergence_estimate, importance_weight, policy_loss
+        from toolkit.training.losses import divergence_estimate, importance_weight, off_policy_mask, policy_loss
 
         section, samples = self.section, micro.samples
         lengths = micro.trained_lengths
@@ -274,26 +189,39 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         if micro.first:
             self._compare(logprob.detach(), rolled, counted)
         behaviour, weight = rolled.to(logprob.dtype), spread([sample.weight for sample in samples])
+        advantage = torch.tensor(
+            [value for sample in samples for value in sample.token_advantages], dtype=logprob.dtype, device=device
+        )
+        factors: list[Tensor] = []
+        if section.off_policy_mask_threshold is not None:
+            threshold = section.off_policy_mask_threshold
+            factors.append(off_policy_mask(logprob, behaviour, advantage, lengths, threshold))
         if section.importance_sampling_clip_max is not None:
             if micro.first:
                 for sample, own in zip(samples, logprob.detach().split(lengths)):
                     sample.train = own
             train = torch.cat([cast("Tensor", sample.train) for sample in samples])
-            weight = weight * importance_weight(train, behaviour, section.importance_sampling_clip_max)
+            factors.append(importance_weight(train, behaviour, section.importance_sampling_clip_max))
             behaviour = train  # the ratio is between weights, the importance weight between engines
         reference = torch.cat([cast("Tensor", s.reference) for s in samples]) if self.reference is not None else None
+        own_surrogate = section.loss_type in ("cispo", "sapo", "vespo")
         result = policy_loss(
             logprob,
             behaviour,
-            spread([sample.advantage for sample in samples]),
+            advantage,
             epsilon=section.epsilon,
             epsilon_high=section._epsilon_high,
             delta=section.delta,
-            bounded_ratio=section.loss_type == "cispo",
+            surrogate=cast("Surrogate", section.loss_type) if own_surrogate else "clipped",
             reference=reference,
             beta=section.beta,
-            lengths=lengths if self.sequence_ratio != "none" else None,
+            lengths=lengths if self.sequence_ratio != "none" or section.loss_type == "vespo" else None,
             summed=self.sequence_ratio == "product",
+            sapo_temperatures=(section.sapo_temperature_pos, section.sapo_temperature_neg),
+            vespo=(section.vespo_k_pos, section.vespo_lambda_pos, section.vespo_k_neg, section.vespo_lambda_neg),
+            use_bias_correction_kl=section.use_bias_correction_kl,
+            kl_estimator=self.kl_estimator,
+            weights=math.prod(factors[1:], start=factors[0]) if factors else None,
         )
         self.sums.add(clipped=(result.clipped * counted).sum().item(), trained=counted.sum().item())
         if reference is not None:
@@ -335,6 +263,8 @@ class GRPO(OnPolicyObjective[GRPOSection]):
             "groups_dropped": int(got["groups_dropped"]),
             "rounds": got["rounds"] / got["processes"],
         }
-        if self.reference is not None:
-            values["kl"] = got["kl"] / trained
-        return self.trained_tokens, values
+        return self.trained_tokens, values | self.divergence_metrics(got)
+
+    def divergence_metrics(self, got: dict[str, float]) -> dict[str, float]:
+        """The divergence from the initial model, where there is one, from the step's sums."""
+        return {} if self.reference is None else {"kl": got["kl"] / max(got["trained"], 1.0)}

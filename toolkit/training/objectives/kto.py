@@ -15,6 +15,7 @@ from toolkit.training.jsonl import Line, kind_of
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext, divided
 from toolkit.training.objectives.offline import OfflineObjective
 from toolkit.training.preparing import Outcome, paired
+from toolkit.training.progress import counted
 from toolkit.training.tasks import Problem
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class KTO(OfflineObjective[KTOSection]):
             return {"eval_samples": 0}
         micros = self._compared(mine)
         with torch.no_grad(), eval_mode(context.model):
-            for micro in micros:
+            for micro in counted(micros, len(micros), "held out: forwards"):
                 for one in micro:
                     one.weight = 1.0
                 sequences, lengths = _sequences(micro)

@@ -60,7 +60,11 @@ class OfflineObjective(Objective[O]):
 
     def check_line(self, line: Mapping[str, Any]) -> None:
         """Raise ToolkitError for an object that is no example."""
-        formats.check(line, self.formats)
+        self.fields(line)
+
+    def fields(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """A line's texts or messages by field. Raises ToolkitError for an object that is no example."""
+        return formats.read(line, self.formats)
 
     def describe(self) -> str:
         if self.dataset is not None:
@@ -71,7 +75,7 @@ class OfflineObjective(Objective[O]):
         if self.task is not None:
             return task_texts(self.task, self.recipe.seed, self.val_set_size)
         assert self.dataset is not None
-        return (formats.text_of(formats.read(line.value, self.formats)) for line in self.dataset.train)
+        return (formats.text_of(self.fields(line.value)) for line in self.dataset.train)
 
     def chat_tokenizer(self, eos_token_ids: Iterable[int]) -> ChatTokenizer:
         """What tokenises, with the options of the section."""
@@ -101,7 +105,7 @@ class OfflineObjective(Objective[O]):
     def _has_messages(self, dataset: GivenLines) -> bool:
         """Whether the first line of a file, or of any dataset, has messages."""
         firsts = (line.value for line in dataset.firsts())
-        return any(formats.conversations(formats.read(line, self.formats)) for line in firsts)
+        return any(formats.conversations(self.fields(line)) for line in firsts)
 
     @abstractmethod
     def prepare(self, source: Problem | Line) -> Outcome:
@@ -220,7 +224,7 @@ class OfflineObjective(Objective[O]):
             tools, own = formats.options(source.value)
             variables = {**(self.section.chat_template_kwargs or {}), **(own or {})}
             tokenizer = self.context.tokenizer
-            for messages in formats.conversations(formats.read(source.value, self.formats)):
+            for messages in formats.conversations(self.fields(source.value)):
                 dropped = dropped_messages(tokenizer, messages, tools, chat_template_kwargs=variables)
                 hidden = hidden_tools(tokenizer, messages, tools, chat_template_kwargs=variables)
                 parts = hidden_parts(tokenizer, messages, tools, chat_template_kwargs=variables)

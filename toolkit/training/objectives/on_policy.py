@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from toolkit.config import Recipe
@@ -17,13 +17,16 @@ from toolkit.training.objectives.base import (
     RunContext,
     divided,
 )
-from toolkit.training.prompts import Judged, make_prompts
+from toolkit.training.prompt_sources import make_prompts
+from toolkit.training.prompts import Judged
 from toolkit.training.tokenizer import set_chat_template
 
 if TYPE_CHECKING:
     from toolkit.engine.outputs import Completion
 
 P = TypeVar("P", bound=OnPolicySection)
+TRUNCATED = ("length", "timeout")
+"""``finish_reason`` of completions that would have gone on."""
 
 
 class OnPolicyObjective(Objective[P]):
@@ -46,6 +49,7 @@ class OnPolicyObjective(Objective[P]):
 
     def bind(self, context: RunContext) -> None:
         from toolkit.training.rollout import Rollout
+        from toolkit.training.rollout_functions import RolloutFunction
 
         super().bind(context)
         set_chat_template(context.tokenizer, self.section.chat_template)
@@ -59,11 +63,14 @@ class OnPolicyObjective(Objective[P]):
             enable_return_routed_experts=getattr(self.section, "replay_routing", False),
             enable_return_selected_keys=getattr(self.section, "replay_selection", False),
         )
+        name = getattr(self.section, "rollout_func", None)
+        self.rollout_function = None if name is None else RolloutFunction(name, context, self.prompts)
         self.sums = MetricAccumulator()
         self.prompts_per_step = divided("objective.prompts", self.section.prompts, context.world_size)
         self.trained_tokens = 0
         self._check_prompts()
         self._said: set[str] = set()
+        self._failed: dict[str, str] = {}
 
     def num_steps(self, epochs: float) -> int:
         """Steps of so many passes over the lines."""
@@ -76,12 +83,22 @@ class OnPolicyObjective(Objective[P]):
 
     def roll_out(self, step: int, n: int, attempt: int = 0) -> "tuple[list[Any], Sequence[Sequence[Completion]]]":
         """This process's problems of a step and ``n`` completions of each; samples depend on (seed, step, index)."""
-        context = self.context
         self.prompts.begin_step(step, self.recipe.train.max_steps)
         problems, prompts = self._next_problems()
-        indices = [at * context.world_size + context.rank for at in range(len(problems))]
-        seeds = [digest(f"{self.recipe.seed}/{step}/{attempt}/{index}") for index in indices]
+        if self.rollout_function is not None:
+            function = self.rollout_function
+            return problems, self.rollout.timed(lambda: function(problems, step))
+        seeds = self.seeds(step, len(problems), attempt)
         return problems, self.prompts.roll_out(self.rollout, problems, prompts, seeds, n)
+
+    def seeds(self, step: int, count: int, attempt: int = 0) -> list[int]:
+        """Of this process's problems of a step."""
+        indices = [at * self.context.world_size + self.context.rank for at in range(count)]
+        return [digest(f"{self.recipe.seed}/{step}/{attempt}/{index}") for index in indices]
+
+    def prompt_ids(self, problem: Any) -> list[int]:
+        """The tokens that completions of a problem are sampled behind."""
+        return self.prompts.token_ids(problem)
 
     def _next_problems(self) -> tuple[list[Any], list[list[int]]]:
         """This process's next problems and their prompts, without those that do not fit where the recipe says so."""
@@ -89,9 +106,9 @@ class OnPolicyObjective(Objective[P]):
 
         if not self.section.filter_overlong_prompts:
             problems = self.stream.take(self.prompts_per_step)
-            return problems, [self.prompts.token_ids(problem) for problem in problems]
+            return problems, [self.prompt_ids(problem) for problem in problems]
         problems, prompts, dropped = problems_that_fit(
-            self.prompts, self.stream, self.prompts_per_step, self.rollout.max_prompt_length
+            self.prompt_ids, self.stream, self.prompts_per_step, self.rollout.max_prompt_length
         )
         self.sums.add(prompts_dropped=dropped)
         return problems, prompts
@@ -100,7 +117,7 @@ class OnPolicyObjective(Objective[P]):
         """Raise ToolkitError where prompts of the first problems do not fit and the recipe does not pass over them."""
         longest = self.rollout.max_prompt_length
         first = self.prompts.stream().take(CHECKED_PROBLEMS)
-        lengths = [len(self.prompts.token_ids(problem)) for problem in first]
+        lengths = [len(self.prompt_ids(problem)) for problem in first]
         long = [length for length in lengths if length > longest]
         if long and (not self.section.filter_overlong_prompts or len(long) == len(lengths)):
             raise ToolkitError(
@@ -121,7 +138,7 @@ class OnPolicyObjective(Objective[P]):
             metric = f"rewards/{name}/failed" if name in judged.by_function else f"{name}/failed"
             self.sums.add(**{f"failed/{metric}": failures.count})
             if failures.count:
-                self._say_once(metric, f"{failures.first}; {metric} counts such completions")
+                self._failed[metric] = failures.first
         values = [reward for group in rewards for reward in group if not math.isnan(reward)]
         flat = [one for group in completions for one in group]
         self.sums.add(
@@ -131,7 +148,7 @@ class OnPolicyObjective(Objective[P]):
             squared_reward=sum(value * value for value in values),
             solved=sum(value >= 1.0 for value in values),
             length=sum(len(one.logprobs) for one in flat),
-            truncated=sum(one.finish_reason == "length" for one in flat),
+            truncated=sum(one.finish_reason in TRUNCATED for one in flat),
             negative_log_likelihood=-sum(sum(one.logprobs) for one in flat),
         )
         if self.prompts.environment is not None:
@@ -191,7 +208,7 @@ class OnPolicyObjective(Objective[P]):
             "training_tokens_per_second": round(
                 self.trained_tokens * processes / max(got["training_seconds"], 1e-9), 1
             ),
-            "weight_version": self.rollout.engine.stats()["weight_version"],
+            "weight_version": self.rollout.weight_version,
             **({"prompts_dropped": int(got["prompts_dropped"])} if self.section.filter_overlong_prompts else {}),
         }
 
@@ -216,18 +233,30 @@ class OnPolicyObjective(Objective[P]):
         }
 
     def _logged(self) -> dict[str, float]:
-        """Means of what reward functions have logged, over all processes, which may have logged other names."""
+        """Means of what reward functions have logged, over all processes, which may have logged other names.
+
+        What they failed for is printed, the first time in any process.
+        """
         from accelerate.utils import gather_object
 
-        if self.prompts.functions is None:
+        if self.prompts.functions is None and self.prompts.environment is None:
             return {}
         values: dict[str, list[float]] = {}
-        for one in gather_object([self.prompts.take_logged()]):
-            for name, given in one.items():
+        for logged, failed in gather_object([(self.prompts.take_logged(), self._failed)]):
+            for name, given in logged.items():
                 values.setdefault(name, []).extend(given)
+            for metric, first in failed.items():
+                self._say_once(metric, f"{first}; {metric} counts such completions")
+        self._failed = {}
         return {name: sum(given) / len(given) for name, given in sorted(values.items())}
 
     def evaluate(self) -> Metrics:
+        return self.evaluate_completions()
+
+    def evaluate_completions(
+        self, seen: "Callable[[Sequence[Any], Sequence[Sequence[Completion]]], None] | None" = None
+    ) -> Metrics:
+        """The measure of held-out completions; ``seen`` is given the problems and completions that were sampled."""
         from toolkit.training.rollout import eval_completions
 
         return eval_completions(
@@ -236,6 +265,8 @@ class OnPolicyObjective(Objective[P]):
             self.prompts,
             self.section.evaluation.max_eval_samples,
             self.section.filter_overlong_prompts,
+            self.prompt_ids,
+            seen,
         )
 
     def show(self, before: Metrics | None, after: Metrics) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from toolkit.config.objective import Positive
 from toolkit.training.objectives.base import Metrics, RunContext
 from toolkit.training.objectives.pairs import OnPairs, Pair, PairSection, sequences_of
+from toolkit.training.progress import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +64,7 @@ class Preference(OnPairs[P]):
         if self.reference is None:
             return micros
         for micro in micros:
-            chosen, rejected = _logps(self.reference.logprobs(*sequences_of(micro)))
+            chosen, rejected = self._logps(self.reference.logprobs(*sequences_of(micro)))
             for pair, one, other in zip(micro, chosen.tolist(), rejected.tolist()):
                 pair.reference = one, other
         return micros
@@ -73,7 +74,7 @@ class Preference(OnPairs[P]):
 
         sequences, lengths = sequences_of(micro)
         logprobs = forward(sequences, last=self.predicted(micro, lengths))
-        chosen, rejected = _logps([values[len(values) - count :] for values, count in zip(logprobs, lengths)])
+        chosen, rejected = self._logps([values[len(values) - count :] for values, count in zip(logprobs, lengths)])
         weight = chosen.new_tensor([pair.weight for pair in micro])
         references = chosen.new_tensor([pair.reference for pair in micro])
         lengths_of = chosen.new_tensor([(len(pair.chosen), len(pair.rejected)) for pair in micro])
@@ -82,6 +83,28 @@ class Preference(OnPairs[P]):
         self._count(micro, chosen.detach(), rejected.detach(), references)
         supervised = self.supervised_weight()
         return loss + supervised * self.cross_entropy(micro, logprobs[::2]) if supervised else loss
+
+    @property
+    def longer_weight(self) -> float:
+        """Of the tokens by which one completion of a pair is longer than the other."""
+        return 1.0
+
+    def _logps(self, logprobs: "Sequence[Tensor]") -> "tuple[Tensor, Tensor]":
+        """(chosen, rejected) [pairs]: sums of the completions' log-probabilities."""
+        import torch
+
+        sides = logprobs[::2], logprobs[1::2]
+        if self.longer_weight != 1.0:
+            shared = [min(len(one), len(other)) for one, other in zip(*sides)]
+            sums = [
+                torch.stack(
+                    [values[:n].sum() + self.longer_weight * values[n:].sum() for values, n in zip(side, shared)]
+                )
+                for side in sides
+            ]
+        else:
+            sums = [torch.stack([values.sum() for values in side]) for side in sides]
+        return sums[0], sums[1]
 
     def predicted(self, micro: Sequence[Pair], lengths: list[int]) -> list[int]:
         """How many last tokens of each sequence the loss reads; the completions have ``lengths``."""
@@ -141,10 +164,11 @@ class Preference(OnPairs[P]):
         if not total:
             return {"eval_samples": 0}
         self.sums.add(**dict.fromkeys(SUMS, 0.0))  # a process may have no pair
+        micros = self.packed(mine)
         with torch.no_grad(), eval_mode(context.model):
-            for micro in self.packed(mine):
+            for micro in counted(micros, len(micros), "held out: forwards"):
                 sequences, lengths = sequences_of(micro)
-                chosen, rejected = _logps(context.model(sequences, last=lengths))
+                chosen, rejected = self._logps(context.model(sequences, last=lengths))
                 self._count(micro, chosen, rejected, chosen.new_tensor([pair.reference for pair in micro]))
         return {"eval_samples": total, **{f"eval_{name}": value for name, value in self._metrics().items()}}
 
@@ -156,11 +180,3 @@ class Preference(OnPairs[P]):
             ):
                 start = f"{before[name]:.1%} before, " if before else ""
                 print(f"held-out pairs, {what}: {start}{after[name]:.1%} after ({after['eval_samples']} pairs)")
-
-
-def _logps(logprobs: "Sequence[Tensor]") -> "tuple[Tensor, Tensor]":
-    """(chosen, rejected) [pairs]: sums of the completions' log-probabilities."""
-    import torch
-
-    chosen, rejected = (torch.stack([values.sum() for values in side]) for side in (logprobs[::2], logprobs[1::2]))
-    return chosen, rejected

@@ -10,6 +10,7 @@ from toolkit.training.jsonl import Line, kind_of
 from toolkit.training.objectives.base import Metrics, RunContext
 from toolkit.training.objectives.pairs import OnPairs, Pair, PairSection, sequences_of
 from toolkit.training.preparing import Outcome
+from toolkit.training.progress import counted
 from toolkit.training.tasks import Problem
 
 if TYPE_CHECKING:
@@ -58,16 +59,11 @@ class RewardModel(OnPairs[RewardSection]):
             raise ToolkitError(f"must have 'margin' as a number, got {kind_of(margin)}.")
 
     def bind(self, context: RunContext) -> None:
-        from toolkit.patching.pooled_head import check_head
+        from toolkit.training.score_model import check_scores
 
         super().bind(context)
         with context.gathered():
-            of_tokens = check_head(context.model.model)
-        if of_tokens:
-            raise ToolkitError(
-                "model.name_or_path must be a model with one score a sequence, got "
-                f"{type(context.model.model).__name__} with one a token."
-            )
+            check_scores(context.model.model, self.head)
 
     def prepare(self, source: Problem | Line) -> Outcome:
         outcome = super().prepare(source)
@@ -128,8 +124,9 @@ class RewardModel(OnPairs[RewardSection]):
         if not total:
             return {"eval_samples": 0}
         self.sums.add(**dict.fromkeys(SUMS, 0.0))  # a process may have no pair
+        micros = self.packed(mine)
         with torch.no_grad(), eval_mode(self.context.model):
-            for micro in self.packed(mine):
+            for micro in counted(micros, len(micros), "held out: forwards"):
                 self._count(micro, *self._rewards(self.context.model, micro))
         return {"eval_samples": total, **{f"eval_{name}": value for name, value in self._metrics().items()}}
 

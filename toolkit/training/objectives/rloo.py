@@ -1,12 +1,13 @@
 """REINFORCE with a leave-one-out baseline: whole completions are the actions."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from toolkit.training.objectives.base import RunContext
-from toolkit.training.objectives.grpo import GRPO, GRPOSection
+from toolkit.training.objectives.grpo import GRPO
+from toolkit.training.objectives.grpo_section import GRPOSection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
     from toolkit.engine.outputs import Completion
     from toolkit.training.model import Reference
 
-_OF_GRPO = ("loss_type", "scale_rewards", "multi_objective_aggregation", "importance_sampling_level", "delta")
+_OF_GRPO = (
+    "loss_type", "scale_rewards", "multi_objective_aggregation", "importance_sampling_level", "delta",
+    "use_bias_correction_kl",
+)  # fmt: skip
 
 
 class RLOOSection(GRPOSection):
     """RLOO (Ahmadian et al., 2024); fields have the names of TRL's ``RLOOConfig``."""
+
+    unused_fields: ClassVar[Sequence[str]] = _OF_GRPO
 
     kind: Literal["rloo"] = "rloo"  # type: ignore[assignment]
     beta: Annotated[float, Field(ge=0)] = 0.05
@@ -29,16 +35,6 @@ class RLOOSection(GRPOSection):
         tuple[float, float] | None, BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
     ] = None
     """Bounds of a reward, before the divergence is taken off; null bounds none."""
-
-    @model_validator(mode="after")
-    def _without_those_of_grpo(self) -> Self:
-        for name in _OF_GRPO:
-            default = type(self).model_fields[name].default
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"objective.{name} must be {default!r} with objective.kind 'rloo', got {getattr(self, name)!r}"
-                )
-        return self
 
 
 class RLOO(GRPO, section=RLOOSection):

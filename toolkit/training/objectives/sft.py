@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from toolkit.chat import ChatTokenizer, has_images, pictured, take_images
 from toolkit.config.objective import OfflineSection
@@ -22,6 +22,7 @@ from toolkit.training.jsonl import Line
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext
 from toolkit.training.objectives.offline import OfflineObjective
 from toolkit.training.preparing import Example, Outcome, pictured_example, supervised
+from toolkit.training.progress import counted
 from toolkit.training.tasks import Problem
 
 if TYPE_CHECKING:
@@ -48,12 +49,23 @@ class SFTSection(OfflineSection):
     ``{% generation %}`` markers says itself what counts."""
     completion_only_loss: bool = True
     """Of prompts with completions only the completion counts; false counts both."""
+    loss_type: Literal["nll", "dft"] = "nll"
+    """nll: cross-entropy. dft (Wu et al., 2025): each token's is weighed by its probability."""
     label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared log of the softmax's normaliser (PaLM, 2022)."""
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     """Noise on the embeddings in training, uniform within alpha / sqrt(tokens x hidden size) (NEFTune; Jain et al.,
     2023); null adds none."""
+
+    @model_validator(mode="after")
+    def _smoothing_fits(self) -> Self:
+        if self.loss_type == "dft" and self.label_smoothing_factor:
+            raise ValueError(
+                "objective.label_smoothing_factor must be 0 with objective.loss_type 'dft', got "
+                f"{self.label_smoothing_factor}"
+            )
+        return self
 
 
 class MicroBatch(NamedTuple):
@@ -183,7 +195,11 @@ class SFT(OfflineObjective[SFTSection]):
         logits = forward(micro.batch, micro.rows)
         section = self.section
         loss = next_token_loss(
-            logits, micro.targets, label_smoothing=section.label_smoothing_factor, z_loss=section.z_loss
+            logits,
+            micro.targets,
+            label_smoothing=section.label_smoothing_factor,
+            z_loss=section.z_loss,
+            dft=section.loss_type == "dft",
         )  # the mean over the micro-batch
         return loss * micro.share
 
@@ -199,7 +215,7 @@ class SFT(OfflineObjective[SFTSection]):
 
         from toolkit.patching.eval_mode import eval_mode
         from toolkit.training.losses import next_token_loss
-        from toolkit.training.prompts import TaskPrompts
+        from toolkit.training.prompt_sources import TaskPrompts
         from toolkit.training.rollout import eval_completions
 
         evaluation, context = self.section.evaluation, self.context
@@ -214,7 +230,8 @@ class SFT(OfflineObjective[SFTSection]):
         mine = lines[context.rank :: context.world_size]
         sums = MetricAccumulator({"loss": 0.0, "tokens": 0.0})
         with torch.no_grad(), eval_mode(context.model):
-            for example in (example for line in mine for example in self.examples(line)):
+            shown = counted(mine, len(mine), "held out: lines")
+            for example in (example for line in shown for example in self.examples(line)):
                 micro = _micro([example], 1.0, context)
                 mean = next_token_loss(context.model(micro.batch, micro.rows), micro.targets)
                 sums.add(loss=mean.item() * example.counted, tokens=example.counted)

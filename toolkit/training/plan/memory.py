@@ -54,6 +54,13 @@ class Footprint:
             yield name, getattr(self, name), self.about[name]
 
 
+def needs_reference(objective: Any) -> bool:
+    """Whether a copy of the initial model runs beside the one in training."""
+    if objective.kind in ("grpo", "rloo", "reinforce_plus_plus"):
+        return bool(objective.beta)
+    return objective.kind in ("dpo", "kto") or getattr(objective, "teacher_model_kind", "") == "base"
+
+
 def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes, processes: int = 1) -> Footprint:
     """What one of so many processes holds. The activations are an estimate, the rest follows from shapes.
 
@@ -64,8 +71,7 @@ def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes, processes: 
     trained = [one for one in model.parameters() if one.requires_grad]
     count = sum(one.numel() for one in trained)
     objective, train = recipe.objective, recipe.train
-    on_policy = objective.kind in ("grpo", "rloo")
-    weighted = objective.kind in ("dpo", "kto") or bool(getattr(objective, "beta", 0) and on_policy)
+    weighted = needs_reference(objective)
     state = 0
     if isinstance(objective, OnPolicySection):
         rollout = objective.rollout

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from toolkit.config import Recipe
+from toolkit.training.plan.memory import needs_reference
 from toolkit.training.plan.model import LayerSizes
 
 SHARES_OF_GEMM = (1.5, 0.5)
@@ -86,9 +87,7 @@ def work_of(recipe: Recipe, sizes: LayerSizes, processes: int) -> Work:
         rows = min(given.rollout.max_num_seqs, sequences)
         decode_steps = -(-sequences // rows) * completion
         prompts = max(given.prompts // processes, 1) * (longest - completion)
-        forwards_without_gradient = int(bool(given.beta) and objective.kind in ("grpo", "rloo")) + (
-            objective.kind == "distill"
-        )
+        forwards_without_gradient = int(needs_reference(objective) or objective.kind in ("distill", "sdft"))
         how = f"objective.prompts {given.prompts} x num_generations {several} x {completion} tokens"
         how += f" x num_iterations {updates}" if updates > 1 else ""
     else:
@@ -96,7 +95,7 @@ def work_of(recipe: Recipe, sizes: LayerSizes, processes: int) -> Work:
         count = getattr(given, name, 1)
         sides = 1 if name == "lines" else 2
         tokens = max(count // processes, 1) * sides * longest
-        forwards_without_gradient = int(objective.kind in ("dpo", "kto"))
+        forwards_without_gradient = int(needs_reference(objective))
         how = f"objective.{name} {count} x {sides} x train.max_length {longest:,}"
     per_token = 2 * (sizes.matrices + sizes.head) + 2 * longest * sizes.queries  # half of the context on average
     backward = per_token + 2 * (sizes.trained_matrices + sizes.head) + 2 * longest * sizes.queries
