@@ -88,8 +88,8 @@ WHOLE_NAMES = {
 """Python names: what to write instead."""
 
 
-FIELDS = {"service_tier", "score_answer"}
-"""Names of other people's protocols, which stay."""
+FIELDS = {"service_tier", "score_answer", "use_bias_correction_kl"}
+"""Names of other people's protocols and configurations, which stay."""
 
 
 class Use(NamedTuple):

@@ -41,7 +41,7 @@ def test_ratios_are_bounded_on_both_sides() -> None:
     assert not torch.equal(found, policy_loss(logprob, behaviour, advantage).loss)
 
 
-def test_a_soft_gate_in_the_place_of_clipping() -> None:
+def test_a_soft_gate_instead_of_clipping() -> None:
     logprob, behaviour, advantage = tokens()
     found = policy_loss(logprob, behaviour, advantage, surrogate="sapo", sapo_temperatures=(0.9, 1.3)).loss
     for at, (new, old, a) in enumerate(zip(logprob.tolist(), behaviour.tolist(), advantage.tolist())):

@@ -47,15 +47,15 @@ def test_a_run_has_the_loss_of_the_definition(last_only: bool, tmp_path: Path) -
     model: Any = trainer.hf_model
     tokens, terms = trainer.tokenizer, []
     for line in LINES:
-        ids, places = tokens(line["prompt"], add_special_tokens=False)["input_ids"], []
+        ids, ends = tokens(line["prompt"], add_special_tokens=False)["input_ids"], []
         if tokens.bos_token_id is not None:
             ids = [tokens.bos_token_id, *ids]
         for text in line["completions"]:
             for part in (text, " |"):
                 ids = ids + tokens(part, add_special_tokens=False)["input_ids"]
-            places.append(len(ids) - 1)
+            ends.append(len(ids) - 1)
         logits = model(input_ids=torch.tensor([ids])).logits[0] + 0.0
-        counted = list(zip(places, line["labels"]))[-1:] if last_only else list(zip(places, line["labels"]))
+        counted = list(zip(ends, line["labels"]))[-1:] if last_only else list(zip(ends, line["labels"]))
         terms += [-logits[at].log_softmax(-1)[int(label)] for at, label in counted]
     assert len(terms) == (6 if last_only else 11)
     exact = torch.stack(terms).mean()

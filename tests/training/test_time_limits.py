@@ -60,7 +60,7 @@ def conversations(folder: Path, environment: dict[str, Any], **fields: Any) -> l
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_an_answer_that_takes_too_long_drops_its_conversation(plain: bool, tmp_path: Path) -> None:
+def test_a_response_that_takes_too_long_drops_its_conversation(plain: bool, tmp_path: Path) -> None:
     begun = time.monotonic()
     found = conversations(tmp_path, {"name": f"{HERE}:Slow", "plain": plain}, environment_timeout=0.3)
     assert time.monotonic() - begun < 30

@@ -131,14 +131,11 @@ def stepwise(line: Mapping[str, Any]) -> Stepwise:
             f"must have a label for each of its 'completions', at least one, got {len(steps)} completions and "
             f"{len(labels)} labels."
         )
-    for name, values, right in (
-        ("completions", steps, lambda value: isinstance(value, str)),
-        ("labels", labels, lambda value: isinstance(value, int) and value in (0, 1)),
-    ):
-        at = next((at for at, value in enumerate(values) if not right(value)), None)
-        if at is not None:
-            what = "a string" if name == "completions" else "true or false"
-            raise ToolkitError(f"must have {what} in {name}[{at}], got {values[at]!r:.100}.")
+    for at, (step, label) in enumerate(zip(steps, labels)):
+        if not isinstance(step, str):
+            raise ToolkitError(f"must have a string in completions[{at}], got {step!r:.100}.")
+        if not isinstance(label, int) or label not in (0, 1):
+            raise ToolkitError(f"must have true or false in labels[{at}], got {label!r:.100}.")
     return Stepwise(prompt, steps, [bool(label) for label in labels])
 
 

@@ -142,7 +142,7 @@ class Rollout:
         return (
             weight_version(self._context.model.model)
             if self._engine is None
-            else self._engine.stats()["weight_version"]
+            else int(self._engine.stats()["weight_version"])
         )
 
     def params(self, seed: int, n: int, temperature: float | None, used: int = 0, **given: Any) -> SamplingParams:

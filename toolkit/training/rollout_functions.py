@@ -158,7 +158,7 @@ class RolloutFunction:
         columns: dict[str, Any],
     ) -> GivenCompletion:  # fmt: skip
         trainer = self.trainer
-        text = trainer.processing_class.decode(ids, skip_special_tokens=True)
+        text = str(trainer.processing_class.decode(ids, skip_special_tokens=True))
         return GivenCompletion(
             -1, at // trainer.num_generations, at % trainer.num_generations, prompt, ids, logprobs, logprobs, text,
             "stop" if ids[-1] in trainer.eos_token_ids else "length", sampled=mask, columns=columns,

@@ -200,7 +200,7 @@ def losses(t: Translation) -> None:
 
 
 def _several_losses(t: Translation, given: list[Any]) -> None:
-    """A list of losses of DPO with weights; ``sft`` is a field of its own."""
+    """A list of losses of DPO with weights; ``sft`` is a separate field."""
     weights = dict(zip(given, t.take("loss_weights") or [1.0] * len(given)))
     if "sft" in weights:
         t.put("objective.sft_weight", float(weights.pop("sft")), "loss_type")

@@ -160,11 +160,17 @@ class WithTeacher(OnPolicyObjective[D]):
         counts = counts.index_add(0, inverse, torch.tensor(counted, device=device))
         summed = torch.zeros(size, dtype=torch.float64, device=device)
         summed = summed.index_add(0, inverse, torch.tensor(weights, dtype=torch.float64, device=device))
-        at: list[Tensor | None] = []
-        for index, whole in ((student_at[first], rows), (teacher_at[first], teacher_rows)):
-            in_order = len(index) == len(whole) and bool((index == torch.arange(len(whole), device=device)).all())
-            at.append(None if in_order else index)
-        return MicroBatch(batch, rows, teacher_batch, teacher_rows, *at, tokens[first], counts, summed)
+        return MicroBatch(
+            batch,
+            rows,
+            teacher_batch,
+            teacher_rows,
+            _unless_in_order(student_at[first], rows),
+            _unless_in_order(teacher_at[first], teacher_rows),
+            tokens[first],
+            counts,
+            summed,
+        )
 
     def _rows(
         self, sequences: list[list[int]], pack: Sequence[Target], lengths: list[int]
@@ -252,6 +258,12 @@ class WithTeacher(OnPolicyObjective[D]):
         if "eval_divergence" in after:
             start = f"{before['eval_divergence']:.4f} before, " if before and "eval_divergence" in before else ""
             print(f"held-out completions, divergence per token: {start}{after['eval_divergence']:.4f} nats after")
+
+
+def _unless_in_order(index: "Tensor", whole: "Tensor") -> "Tensor | None":
+    """An index of rows; None where it is all of them, in order."""
+    in_order = len(index) == len(whole) and index.tolist() == list(range(len(whole)))
+    return None if in_order else index
 
 
 def _first(one: Target) -> int:
