@@ -81,7 +81,7 @@ def test_a_step_samples_what_the_sampler_does(engine, dtype):
 
 
 def counted(engine, monkeypatch):
-    sampler, rows = engine._decoding.sampler, []
+    sampler, rows = engine._steps._decoding.sampler, []
     sample = sampler.sample
 
     def counting(logits, sequences, *rest):

@@ -19,7 +19,7 @@ class ToldEngine:
         self.fail, self.error = fail, error
         self.live, self.cancelled, self.steps = {}, [], 0
         self.ended = []
-        self.is_sleeping = False
+        self.is_sleeping = self.runs_ahead = False
         self.forgotten = []
         self.encoder_cache = SimpleNamespace(clear=lambda: self.forgotten.append("pictures"))
         self.config = EngineConfig()
@@ -32,6 +32,9 @@ class ToldEngine:
         for at, one in enumerate(params):
             self.live[first + at] = (one, [], at)
         return list(range(first, first + len(params)))
+
+    def synchronize(self):
+        pass
 
     def reset_prefix_cache(self):
         self.forgotten.append("prefixes")

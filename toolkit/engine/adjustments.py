@@ -52,6 +52,11 @@ class Adjustments:
         self._bad_words = [(list(word[:-1]), word[-1]) for word in bad_words]
         self._longest = max((len(before) for before, _ in self._bad_words), default=0)
 
+    @property
+    def has_bad_words(self) -> bool:
+        """Whether the tokens so far decide what it changes."""
+        return bool(self._bad_words)
+
     @classmethod
     def of(cls, params: SamplingParams, tokenizer: Any, vocab_size: int) -> "Adjustments | None":
         """Those of a request; None where it changes nothing.

@@ -218,11 +218,12 @@ class AsyncEngine(Gated):
             self._changed.notify_all()
 
     def call(self, function: Callable[[], Result]) -> Result:
-        """What ``function`` returns on the engine's thread, between two steps. Waits for it."""
+        """What ``function`` returns on the engine's thread, between two steps, none in flight. Waits for it."""
         done: Future[Result] = Future()
 
         def command() -> None:
             try:
+                self.engine.synchronize()
                 result, self._stats = function(), self.engine.stats()
             except Exception as error:
                 done.set_exception(error)
@@ -237,12 +238,36 @@ class AsyncEngine(Gated):
             self.start()
         return done.result()
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """No step runs inside, and none is in flight: see ``Gated.pause``."""
+        with self._gate.pause():
+            self._synchronize()
+            yield
+
+    def pause_generation(self) -> None:
+        """Run no step until ``resume_generation``, with none in flight: see ``Gated.pause_generation``."""
+        self._gate.hold()
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        """Wait until no step is in flight. Without ``async_scheduling`` none ever is."""
+        if not self.engine.runs_ahead or not self.is_running:
+            return
+        if threading.current_thread() is self._thread:
+            self.engine.synchronize()
+        else:
+            with contextlib.suppress(EngineUnavailable):  # the thread has ended meanwhile
+                self.call(lambda: None)
+
     # What follows runs on the engine's thread.
 
     def step_within(self) -> None:
         """Run a step inside a function of ``call``, where one may run. Commands wait until the function has ended."""
         if not self.engine.is_sleeping and self._gate.enter():
-            self._deliver(self._step())
+            deltas = self._step()
+            self.engine.synchronize()  # what runs beside the function has ended when this returns
+            self._deliver(deltas + self.engine.take_deltas())
 
     def _run(self) -> None:
         pending: deque[Callable[[], object]] = deque()

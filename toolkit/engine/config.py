@@ -39,6 +39,7 @@ class EngineConfig:
     speculative_config: Annotated[dict[str, Any] | None, "how tokens are drafted"] = None
     max_loras: Annotated[int | None, "adapters in the model at a time, of those loaded while it runs"] = None
     max_cpu_loras: Annotated[int | None, "such adapters in memory; others are read again when they are needed"] = None
+    async_scheduling: Annotated[bool | None, "launch steps ahead of the host; None: on a GPU"] = None
     numerics: Annotated[str | None, "numerics mode"] = None
     seed: Annotated[int | None, "seed of requests without one"] = None
 
@@ -81,6 +82,8 @@ class EngineConfig:
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_bool("enable_return_routed_experts", self.enable_return_routed_experts)
         check_bool("enable_return_selected_keys", self.enable_return_selected_keys)
+        if self.async_scheduling is not None:
+            check_bool("async_scheduling", self.async_scheduling)
         from toolkit.state.rounding import checked_kv_dtype  # torch, which a command's --help does not load
 
         checked_kv_dtype(self.kv_cache_dtype)

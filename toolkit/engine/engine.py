@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from toolkit.engine.adapters import ModelAdapters, new_adapters, weight_keys
@@ -14,7 +13,6 @@ from toolkit.engine.capacity import chosen_max_model_len, new_offloading, new_st
 from toolkit.engine.config import AUTO, EngineConfig
 from toolkit.engine.decoding import Decoding
 from toolkit.engine.detokenizer import Tokenizer
-from toolkit.engine.encoded import encoded
 from toolkit.engine.live_requests import LiveRequests
 from toolkit.engine.media import EncoderCache
 from toolkit.engine.new_requests import NewRequests
@@ -24,12 +22,13 @@ from toolkit.engine.prompts import Params, Prompt, Prompts, check_streamed, long
 from toolkit.engine.request import Request
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.saved_prefixes import PrefixFiles, SavedPrefixes
-from toolkit.engine.scheduler import Chunk, Scheduler
+from toolkit.engine.scheduler import Scheduler
 from toolkit.engine.speculation.drafters import new_speculation
 from toolkit.engine.stats import engine_stats
+from toolkit.engine.steps import Steps
 from toolkit.engine.swap import SwapSpace
-from toolkit.errors import ToolkitError, described
-from toolkit.state.media import Features
+from toolkit.errors import ToolkitError
+from toolkit.state import WeightKeys
 
 
 class Engine:
@@ -69,6 +68,9 @@ class Engine:
             wait in host memory. None for any number.
         max_cpu_loras: such adapters in memory, those in the model included; others are read again from their folders.
             None for any number.
+        async_scheduling: launch a decode step before the tokens of the one before it are read, which changes neither
+            tokens nor log-probabilities; a step may then be in flight between two calls, see ``synchronize``. None for
+            on a GPU alone: on a CPU host and model share the cores.
         numerics: "fast" or "bitwise", see ``toolkit.numerics``; None for the device's default, or for the mode that is
             already patched in.
         seed: of the generator that seeds requests without a seed; None for one from the operating system.
@@ -102,6 +104,7 @@ class Engine:
         speculative_config: dict[str, Any] | None = None,
         max_loras: int | None = None,
         max_cpu_loras: int | None = None,
+        async_scheduling: bool | None = None,
         numerics: str | None = None,
         seed: int | None = None,
         **unknown: Any,
@@ -128,21 +131,23 @@ class Engine:
         )
         encode: Any = getattr(self.backend, "encode", None)  # never called for a backend that takes no pictures
         self.encoder_cache = EncoderCache(encode, encoder_cache_size)
-        self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
+        split = getattr(self.backend, "group", None) is not None  # other ranks make each call's step, and no other
+        ahead = self.backend.device.type == "cuda" if async_scheduling is None else async_scheduling
+        self.runs_ahead = ahead = ahead and not split
+        self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len, ahead)
         self.speculation = new_speculation(self.config, self.backend, self.pool, running, self.max_model_len)
         self.adapters = new_adapters(self.backend, self.scheduler, self.config)
         if self.adapters is not None:
             self.runner.adapter_ids = self.adapters.ids
         self.requests = LiveRequests(self.backend, self.scheduler, self.pool, self.speculation, self.adapters)
-        self._decoding = Decoding(self.runner, self.scheduler, self.speculation)
+        decoding = Decoding(self.runner, self.scheduler, self.speculation)
+        self._steps = Steps(decoding, self.requests, self.encoder_cache, ahead, raises=split)
         self._new_requests = NewRequests(
             self.backend, tokenizer, processor, self.scheduler, self.max_model_len, seed, self.adapters
         )
         self.grammars = self._new_requests.grammars  # any thread may compile one
         self._saved_prefixes = SavedPrefixes(self.backend, self.pool, self.block_manager, self.offloading)
         self._weights = weight_keys(self.backend, self.adapters)
-        self._generation_tokens = 0
-        self._steps = 0
         self.is_closed = False
         self.is_sleeping = False
 
@@ -188,6 +193,7 @@ class Engine:
         request = self.requests.by_id.get(request_id)
         if request is not None:
             self.requests.end(request, "cancelled")
+            self._steps.drop_ended()
         return request is not None
 
     def step(self) -> list[Delta]:
@@ -200,8 +206,16 @@ class Engine:
 
     def take_deltas(self) -> list[Delta]:
         """Deltas of what has ended between steps: it was cancelled, or ran out of time. ``step`` returns them too."""
-        self.requests.end_expired()
+        self._end_expired()
         return self.requests.take()
+
+    def synchronize(self) -> None:
+        """Collect the step in flight, if there is one; ``step`` or ``take_deltas`` returns its deltas.
+
+        Before weights are written while requests are under way, on another stream than the engine's or for the next
+        token to be of the new ones: a step in flight has the weights that it was launched with, and says so.
+        """
+        self._steps.synchronize()
 
     @property
     def has_work(self) -> bool:
@@ -231,8 +245,8 @@ class Engine:
             self.scheduler,
             self.encoder_cache,
             self.speculation,
-            generation_tokens=self._generation_tokens,
-            num_steps=self._steps,
+            generation_tokens=self._steps.num_tokens,
+            num_steps=self._steps.count,
             weight_version=self._weights.version,
         )
 
@@ -247,6 +261,7 @@ class Engine:
         Raises:
             ToolkitError: for a name that is taken, or a folder that is no adapter of this model whose layers are fused.
         """
+        self.synchronize()
         self._adapters(lora_name).load(lora_name, lora_path, load_inplace)
 
     def unload_adapter(self, lora_name: str) -> None:
@@ -270,6 +285,7 @@ class Engine:
         """
         if self.is_sleeping or self.is_closed:
             return
+        self.synchronize()
         for sequence in list(self.scheduler.running):
             self.scheduler.preempt(sequence, unlimited=True)
         self.block_manager.reset_prefix_cache()
@@ -287,6 +303,7 @@ class Engine:
 
     def see_weights(self) -> int:
         """The weight version; where it has moved, cached state of other weights is dropped. Steps do it themselves."""
+        self._steps.commit()
         weights = weight_keys(self.backend, self.adapters)
         if weights != self._weights:
             self._weights = weights
@@ -324,13 +341,13 @@ class Engine:
             return
         self.is_closed = True
         self.requests.close()
+        self._steps.close()
         self.scheduler.swap = None
         if self.offloading is not None:
             self.offloading.close()
         if self.speculation is not None:
             self.speculation.drafter.close()
-        self._decoding.sampler.close()
-        del self.pool, self.runner, self.backend, self._decoding, self._saved_prefixes
+        del self.pool, self.runner, self.backend, self._saved_prefixes
 
     def _make(self, prompts: Prompts, params: Params, sink: deque[Delta] | None) -> list[Request]:
         """Requests that are not queued; raises ToolkitError where one of the prompts cannot run."""
@@ -346,6 +363,10 @@ class Engine:
             wrong = self._new_requests.outside_vocabulary(request.prompt)
             message = f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong}."
             self.requests.add(request, None if wrong is None else message)
+
+    def _end_expired(self) -> None:
+        self.requests.end_expired()
+        self._steps.drop_ended()
 
     def _run(self, requests: list[Request]) -> Iterator[Delta]:
         """Step until the requests are finished, yielding their deltas; cancel them if the caller leaves."""
@@ -364,37 +385,11 @@ class Engine:
                 self.cancel(request.request_id)
 
     def _advance(self) -> None:
-        """schedule → batch → forward → sample → deliver."""
-        self.requests.end_expired()
-        if self.is_closed or self.is_sleeping:
-            return
+        self._end_expired()
+        if not (self.is_closed or self.is_sleeping):
+            self._steps.run(self._bring_weights)
+
+    def _bring_weights(self) -> WeightKeys:
+        """The keys of the weights, with the adapters of the next step among them."""
         self.requests.bring_adapters(self.see_weights)
-        if self.speculation is not None:
-            self.speculation.draft(self.scheduler.running)
-        chunks, features = self._encoded(self.scheduler.schedule(self._weights))
-        if not chunks:
-            return
-        self._steps += 1
-        try:
-            with torch.inference_mode():
-                self._execute(chunks, features)
-        except BaseException as error:
-            for request in {chunk.sequence.request for chunk in chunks}:
-                self.requests.end(request, "error", described(error))
-            if not isinstance(error, Exception) or getattr(self.backend, "group", None) is not None:
-                raise  # other ranks of the model may have made this step: their engines are no longer in step
-
-    def _encoded(self, chunks: list[Chunk]) -> tuple[list[Chunk], dict[bytes, Features]]:
-        """The chunks whose pictures are encoded, and what they are; requests with others have ended with "error"."""
-        features, failed = encoded(chunks, self.encoder_cache, self._weights.active)
-        for request, error in failed.items():
-            self.requests.end(request, "error", error)
-        return [chunk for chunk in chunks if chunk.sequence.request not in failed] if failed else chunks, features
-
-    def _execute(self, chunks: list[Chunk], features: dict[bytes, Features]) -> None:
-        for sequence, outcome in self._decoding.run(chunks, features, self._weights):
-            if isinstance(outcome, Delta):
-                self._generation_tokens += len(outcome.token_ids)
-                self.requests.deliver(sequence, outcome)
-            else:
-                self.requests.end(sequence.request, "error", outcome)
+        return self._weights

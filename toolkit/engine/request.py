@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from dataclasses import replace
+from functools import cached_property
 
 from toolkit.engine.adjustments import Adjustments
 from toolkit.engine.detokenizer import Decoder, Detokenizer
@@ -76,6 +77,29 @@ class Request:
         self.scheduled_time: float | None = None
         self.prefilled = False  # whether the prompt is computed, so that other sequences may fork it
         self.sequences = [Sequence(self, index) for index in range(params.num_candidates)]
+
+    @cached_property
+    def needs_host(self) -> bool:
+        """Whether the host must see its logits.
+
+        For processors, DRY, ``typical_p`` and XTC; and a grammar, whose masks are filled while the model runs.
+        """
+        adjustments, params = self.adjustments, self.params
+        if params.dry_multiplier > 0 or params.cuts_tails:
+            return True
+        return self.grammar is not None or (adjustments is not None and bool(adjustments.processors))
+
+    @cached_property
+    def needs_tokens(self) -> bool:
+        """Whether the host must know a token of it before the one behind that can be sampled.
+
+        Where the host must see logits; for penalties and bad words, which go by the tokens so far; and for a
+        prediction, which is followed token by token.
+        """
+        adjustments, params = self.adjustments, self.params
+        if self.needs_host or params.penalised or params.predicted_token_ids is not None:
+            return True
+        return adjustments is not None and adjustments.has_bad_words
 
     @property
     def finished(self) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from collections import abc
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,25 @@ from toolkit.engine.step.sampling import Row, SamplingInputs
 from toolkit.state import PagedContext, PagedRows, RaggedBatch, Snapshots, StatePool
 from toolkit.state.media import Features
 
+UNKNOWN = -1
+"""Stands for a token that only the device knows: no embedding has it, so that it shows where it is not replaced."""
+
+ReadResult = abc.Callable[[], Tensor]
 AdapterIds = abc.Callable[[list[str | None]], tuple[tuple[str, ...], list[int]] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledStep:
+    """What a step left that sampled its rows.
+
+    Args:
+        result: [R, 4] on the device, see ``StepSampling``; overwritten by the next step.
+        read: waits for it and gives it on the host; valid until the next step, or the next but one where a runner
+            ``keeps_results``.
+    """
+
+    result: Tensor
+    read: ReadResult
 
 
 class ModelRunner:
@@ -29,18 +47,22 @@ class ModelRunner:
         pool: of the state.
         max_running: most sequences.
         max_model_len: most tokens of one.
+        keeps_results: whether what a step has sampled may be read after the next one was launched.
 
     Attributes:
         adapter_ids: of the adapter that each sequence of a step chooses, what ``RaggedBatch`` says of it: the names,
             and an index of them for each sequence; None where none chooses one, and for a backend without adapters.
     """
 
-    def __init__(self, backend: Backend, pool: StatePool, max_running: int, max_model_len: int) -> None:
+    def __init__(
+        self, backend: Backend, pool: StatePool, max_running: int, max_model_len: int, keeps_results: bool = False
+    ) -> None:
         self.adapter_ids: AdapterIds | None = None
         self.backend = backend
         self.pool = pool
         self._shared = backend.device.type == "cpu"
-        self._read_back = None if self._shared else ReadBack()
+        in_place = _kept if keeps_results else _in_place
+        self._read_back: abc.Callable[[Tensor], ReadResult] = in_place if self._shared else ReadBack()
         self._max_running = max_running
         width = math.ceil(max_model_len / pool.block_size)
         paged = [at for at, group in enumerate(pool.groups) if not group.snapshot_interval]
@@ -48,6 +70,7 @@ class ModelRunner:
         self._columns: dict[int, Columns] = {}
         exact = backend.dtype == torch.float64 and self._shared
         self._sampling = SamplingInputs(backend.vocab_size, torch.float64 if exact else torch.float32, backend.device)
+        self._sources = torch.zeros(0, dtype=torch.int64, device=backend.device)  # of the rows of the last step
         self._names = [*_COLUMNS]
         for at, group in enumerate(pool.groups):
             self._names += [f"{name} {at}" for name in (_SNAPSHOTS if group.snapshot_interval else _SLOTS)]
@@ -59,8 +82,12 @@ class ModelRunner:
         return self.step(chunks, features)[0]
 
     def step(
-        self, chunks: list[Chunk], features: abc.Mapping[bytes, Features], sampled_rows: abc.Sequence[Row] | None = None
-    ) -> tuple[Tensor, abc.Callable[[], Tensor] | None]:
+        self,
+        chunks: list[Chunk],
+        features: abc.Mapping[bytes, Features],
+        sampled_rows: abc.Sequence[Row] | None = None,
+        previous: Tensor | None = None,
+    ) -> tuple[Tensor, SampledStep | None]:
         """Logits [R, V] of the chunks, in order: of each its scored rows, then those that are sampled.
 
         Writes the state of all chunks.
@@ -69,10 +96,11 @@ class ModelRunner:
             chunks: of this step.
             features: of the pictures that they take rows of, by digest.
             sampled_rows: what each row of a step that decodes alone is, for the model to sample them; None for not.
+            previous: ``SampledStep.result`` of the step before, of which the tokens of chunks with a ``source`` are
+                taken on the device; None where there are none.
 
         Returns:
-            The logits, and where the model sampled what waits for ``StepSampling.result`` and gives it on the host;
-            overwritten by the next step.
+            The logits, and what the model sampled, where it did.
         """
         copies: list[list[tuple[int, int]]] = [[] for _ in self.pool.groups]
         size = self._padded(chunks)
@@ -83,6 +111,8 @@ class ModelRunner:
             for of_group, found in zip(copies, self._sync(row, chunk, ends[row]), strict=True):
                 of_group += found
         batch, rows = self.build(chunks, size)
+        if previous is not None:
+            batch.tokens[: len(chunks)] = previous[:, 0].index_select(0, self._sources)
         batch = self._with_media(batch, chunks, features)
         self.pool.copy_blocks(copies)
         context, backend = PagedContext(batch, self.pool), self.backend
@@ -94,7 +124,7 @@ class ModelRunner:
         logits = sampler.forward(context, rows, sampling)
         if not sampler.sampled:
             return logits, None
-        return logits, (lambda: sampling.result) if self._read_back is None else self._read_back.start(sampling.result)
+        return logits, SampledStep(sampling.result, self._read_back(sampling.result))
 
     def capture_ahead(self) -> None:
         """Capture the plain decode step of every size, largest first, so that later ones fit in its memory.
@@ -158,7 +188,7 @@ class ModelRunner:
             sequence, start = chunk.sequence, chunk.start
             end = start + chunk.count
             if chunk.count == 1:
-                tokens.append(sequence.tokens[start])
+                tokens.append(sequence.tokens[start] if chunk.source < 0 else UNKNOWN)
                 positions.append(start)
             else:
                 tokens += chunk.tokens
@@ -213,6 +243,8 @@ class ModelRunner:
             views=tuple(views),
             **own,
         )
+        if chunks and chunks[0].source >= 0:
+            self._sources = written("sources", [chunk.source for chunk in chunks])
         wanted = written("rows", rows)
         columns.upload()
         self._tables.upload()
@@ -271,9 +303,19 @@ class ModelRunner:
         return copies
 
 
-_COLUMNS = ("tokens", "positions", "query_offsets", "zeros", "kv_lengths", "rows", "rotary", "prompts", "adapters")
+_LENGTHS = ("query_offsets", "zeros", "kv_lengths")
+_COLUMNS = ("tokens", "sources", "positions", *_LENGTHS, "rows", "rotary", "prompts", "adapters")
 _SLOTS = ("slots",)
 _SNAPSHOTS = ("loads", "store_rows", "stores")
+
+
+def _in_place(result: Tensor) -> ReadResult:
+    return lambda: result
+
+
+def _kept(result: Tensor) -> ReadResult:
+    kept = result.clone()
+    return lambda: kept
 
 
 def _slots(chunks: list[Chunk], group: int, padding: int) -> list[list[int]]:

@@ -230,7 +230,7 @@ class Sampler:
             drafts: of each row.
             others: indices of ``rows`` that the step sampled of another sequence.
         """
-        host = [at for at, one in enumerate(sequences) if at in others or needs_host(one)]
+        host = [at for at, one in enumerate(sequences) if at in others or one.request.needs_host]
         of_host: abc.Iterator[SampledRow] = iter(())
         if host:
             given = logits[[rows[at] for at in host]], [sequences[at] for at in host], [drafts[at] for at in host]
@@ -259,17 +259,6 @@ class Sampler:
         if self._masks is None:
             self._masks = GrammarMasks(own.shape[-1], own.device)
         return self._masks.apply(own, scores, rows)
-
-
-def needs_host(sequence: Sequence) -> bool:
-    """Whether the host must see a sequence's logits.
-
-    For processors, DRY, ``typical_p`` and XTC; and a grammar, whose masks are filled while the model runs.
-    """
-    adjustments, params = sequence.request.adjustments, sequence.params
-    if params.dry_multiplier > 0 or params.cuts_tails:
-        return True
-    return sequence.matcher is not None or (adjustments is not None and bool(adjustments.processors))
 
 
 _FORBID = ("structured_outputs", "allowed_token_ids", "bad_words", "logits_processors")

@@ -13,7 +13,7 @@ budget, it waits for the next one.
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 from toolkit.engine.fork_points import ForkPoints
@@ -24,6 +24,9 @@ from toolkit.state.block_manager import BlockCounts
 from toolkit.state.offloading import PrefixOffloading
 
 _order = attrgetter("order")
+
+Rows = list[tuple[int, Sequence]]
+"""Rows of a step, each with the sequence whose next token it samples."""
 
 
 @dataclass(slots=True)
@@ -37,6 +40,7 @@ class Chunk:
         slots: of the tokens, in each group of layers.
         samples: whether they are its last, and the next token is sampled after them.
         drafts: how many of them, the last ones, are drafted (``Sequence.draft``); a token is sampled before each too.
+        source: of a token that the host does not know yet, the row of the step before that samples it; -1 of others.
     """
 
     sequence: Sequence
@@ -45,6 +49,7 @@ class Chunk:
     slots: list[list[int]]
     samples: bool
     drafts: int = 0
+    source: int = -1
 
     @property
     def tokens(self) -> list[int]:
@@ -67,6 +72,24 @@ class Chunk:
     def decodes(self) -> bool:
         """Whether it is a sequence's one next token and what is drafted behind it."""
         return self.count == 1 + self.drafts
+
+
+@dataclass(eq=False, slots=True)
+class HeldBlocks:
+    """The blocks that a step in flight writes: of sequences that end meanwhile they are freed once it is done.
+
+    Args:
+        sequences: that have a row in the step.
+        tables: of those that have ended.
+    """
+
+    sequences: frozenset[Sequence]
+    tables: list[BlockTables] = field(default_factory=list)
+
+    def release(self) -> None:
+        """The step is done."""
+        while self.tables:
+            self.tables.pop().release()
 
 
 class Scheduler:
@@ -95,6 +118,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.may_run: Callable[[Sequence], bool] = lambda sequence: True  # else others go first
+        self.held: HeldBlocks | None = None  # by a step that was launched ahead
         self.num_preemptions = 0
         self.prefix_cache_queries = self.prefix_cache_hits = 0
         self._one_each: BlockCounts = (1,) * len(block_manager.groups)
@@ -143,6 +167,22 @@ class Scheduler:
             self._admit(chunks, spare, weights)
         return chunks
 
+    def schedule_ahead(self, rows: Rows) -> list[Chunk] | None:
+        """The chunks of sequences whose next token a row of the step before samples; None without blocks for them all.
+
+        Nothing is preempted for a token that is not known yet.
+        """
+        tables = [sequence.block_tables for _, sequence in rows if sequence.block_tables is not None]
+        each_at_most = 2  # a new block, and a copy of one that is shared
+        if not self._room((each_at_most * len(tables),) * len(self._one_each)):
+            needed = _sum(*(one.blocks_needed(1) for one in tables))
+            if not self._room(needed):
+                return None
+        return [
+            Chunk(sequence, one.length, 1, one.reserve(1), samples=True, source=row)
+            for (row, sequence), one in zip(rows, tables, strict=True)
+        ]
+
     def fork_siblings(self, leader: Sequence) -> list[Sequence]:
         """Once a prompt is computed: the waiting sequences of the same request that now run on forks of it.
 
@@ -171,7 +211,9 @@ class Scheduler:
         assert all(sequence.swapped is None for sequence in self.running), "a running sequence is swapped out too"
         tables = [sequence.block_tables for sequence in self.running]
         assert all(tables), "a running sequence has no table"
-        self.block_manager.check_integrity([*(one for one in tables if one is not None), *self.fork_points.tables])
+        held = [] if self.held is None else self.held.tables
+        live = [*(one for one in tables if one is not None), *self.fork_points.tables, *held]
+        self.block_manager.check_integrity(live)
         if self.offloading is not None:
             self.offloading.check_integrity()
 
@@ -307,9 +349,13 @@ class Scheduler:
         insort(self.running, sequence, key=_order)
 
     def _leave(self, sequence: Sequence) -> None:
-        if sequence.block_tables is not None:
-            sequence.block_tables.release()
-            sequence.block_tables = None
+        tables, sequence.block_tables = sequence.block_tables, None
+        if tables is None:
+            return
+        if self.held is not None and sequence in self.held.sequences:
+            self.held.tables.append(tables)
+        else:
+            tables.release()
 
 
 def _sum(*needs: BlockCounts) -> BlockCounts:

@@ -47,23 +47,56 @@ class CudaDevice:
         return graph.replay, output
 
 
+class _Pinned:
+    """Pinned memory of the host, in turns two of one shape, each with an event that says when its transfer is done."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._both = [
+            (torch.empty(like.shape, dtype=like.dtype, pin_memory=True), torch.cuda.Event()) for _ in range(2)
+        ]
+
+    def next(self) -> tuple[Tensor, torch.cuda.Event]:
+        """The one that was used longer ago, and its event."""
+        self._both.reverse()
+        return self._both[0]
+
+
+class Staging:
+    """Brings what the host has written to the device, while the host writes what the next step reads.
+
+    Args:
+        memory: of the host, of the shape and dtype of all that is brought.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self._pinned = _Pinned(memory)
+
+    def upload(self, memory: Tensor, target: Tensor) -> None:
+        """Copy ``memory`` to ``target``, on its device's stream; ``memory`` may be written again at once."""
+        pinned, done = self._pinned.next()
+        done.synchronize()  # of the transfer before the last one: long done
+        pinned.copy_(memory)
+        target.copy_(pinned, non_blocking=True)
+        done.record(torch.cuda.current_stream(target.device))
+
+
 class ReadBack:
     """Brings a step's result to the host: one transfer into pinned memory, and an event that says when it is there."""
 
     def __init__(self) -> None:
-        self._host: dict[torch.Size, Tensor] = {}
-        self._event = torch.cuda.Event()
+        self._pinned: dict[torch.Size, _Pinned] = {}
 
-    def start(self, result: Tensor) -> Callable[[], Tensor]:
-        """What waits for the transfer, which begins now, and gives the result; valid until the next one begins."""
-        host = self._host.get(result.shape)
-        if host is None:
-            host = self._host[result.shape] = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+    def __call__(self, result: Tensor) -> Callable[[], Tensor]:
+        """What waits for the transfer, which begins now, and gives the result; valid until the next but one begins."""
+        pinned = self._pinned.get(result.shape)
+        if pinned is None:
+            pinned = self._pinned[result.shape] = _Pinned(result)
+        host, done = pinned.next()
         host.copy_(result, non_blocking=True)
-        self._event.record(torch.cuda.current_stream(result.device))
+        done.record(torch.cuda.current_stream(result.device))
 
         def wait() -> Tensor:
-            self._event.synchronize()
+            done.synchronize()
             return host
 
         return wait

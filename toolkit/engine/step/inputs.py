@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from toolkit.engine.step.cuda_device import Staging
 from toolkit.state import BlockTables
 
 Numbers = NDArray[np.int64]
@@ -30,8 +31,9 @@ class Columns:
 
     def __init__(self, names: Sequence[str], size: int, device: torch.device, shared: bool) -> None:
         self.size = size
-        memory = torch.zeros(len(names), size + 1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        memory = torch.zeros(len(names), size + 1, dtype=torch.int64)
         self._memory = memory
+        self._staging = Staging(memory) if device.type == "cuda" else None
         self._on_device = memory if shared else torch.zeros_like(memory, device=device)
         self.host: dict[str, Numbers] = dict(zip(names, memory.numpy()))
         self._of_device = dict(zip(names, self._on_device))
@@ -60,8 +62,10 @@ class Columns:
 
     def upload(self) -> None:
         """Bring the device's copy up to date, where there is one."""
-        if self._on_device is not self._memory:
-            self._on_device.copy_(self._memory, non_blocking=True)
+        if self._staging is not None:
+            self._staging.upload(self._memory, self._on_device)
+        elif self._on_device is not self._memory:
+            self._on_device.copy_(self._memory)
 
 
 _MOST_VIEWS = 256
