@@ -4,8 +4,9 @@
 fall asleep (OpenMP's spin for some milliseconds after each op, on the cores that the next step wants). A step cannot
 take less than reading its weights once, at the rate that a sum over as many bytes has in the same run; from some batch
 on arithmetic takes longer than that. ``thin`` has 36 layers so narrow that at batch 1 its step is what the host costs;
-its ``host`` is CPU time of a step whose captured graph computes nothing. ``weights`` is CPU time of the look at the
-weights that each step begins with, after a step that read them all.
+its ``host`` is CPU time of a step whose captured graph computes nothing, ``ahead`` the same where steps are launched
+ahead. ``device`` is the time of a step, one at a time and ahead, whose graph a device beside the host takes 3 ms for.
+``weights`` is CPU time of the look at the weights that each step begins with, after a step that read them all.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from benchmarks.end_to_end.narrow import smollm2
 from toolkit.engine.step.executors import EXECUTORS, straight_line
 
 STEPS = 3  # timed, of each turn
+DEVICE = 0.003  # seconds of a step on the simulated device
 SIDES = {"native": EXECUTORS, "straight line": (straight_line,)}
 
 
@@ -90,6 +92,23 @@ def stub(graphs: Any) -> None:
     graphs.forward = forward
 
 
+def simulate(engine: toolkit.Engine, seconds: float) -> None:
+    """Let a step be done so long after its launch, or after the step before it, without taking the host's time."""
+    ready = 0.0
+
+    def read_back(result: torch.Tensor) -> Callable[[], torch.Tensor]:
+        nonlocal ready
+        ready = done = max(ready, time.perf_counter()) + seconds
+
+        def read() -> torch.Tensor:
+            time.sleep(max(0.0, done - time.perf_counter()))
+            return result
+
+        return read
+
+    engine.runner._read_back = read_back
+
+
 def thread_seconds(function: Callable[[], Any]) -> float:
     """CPU time of this thread: other processes take turns on the cores."""
     begun = time.thread_time()
@@ -97,18 +116,47 @@ def thread_seconds(function: Callable[[], Any]) -> float:
     return time.thread_time() - begun
 
 
-def host_seconds(batch: int, repeats: int = 100) -> list[float]:
-    """CPU time of decode steps of ``thin`` without their kernels."""
-    with toolkit.Engine(thin(), max_num_seqs=batch, max_model_len=512) as engine:
+def clock_seconds(function: Callable[[], Any]) -> float:
+    """Its time."""
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
+
+
+def host_seconds(batch: int, repeats: int = 100, ahead: bool = False, device: float = 0.0) -> list[float]:
+    """CPU time of decode steps of ``thin`` without their kernels.
+
+    Args:
+        batch: sequences.
+        repeats: steps.
+        ahead: whether they are launched ahead.
+        device: seconds of a simulated device for each; the time of steps is then the clock's.
+    """
+    with toolkit.Engine(thin(), max_num_seqs=batch, max_model_len=512, async_scheduling=ahead) as engine:
         params = toolkit.SamplingParams(max_tokens=450, temperature=0.8, ignore_eos=True)
         for at in range(batch):
             engine.submit([5, 6, 7 + at], params)
         for _ in range(4):
             engine.step()
+        engine.synchronize()
         stub(engine.backend.graphs)  # type: ignore[attr-defined]
-        seconds = [thread_seconds(engine.step) for _ in range(repeats)]
+        if device:
+            simulate(engine, device)
+        engine.step()
+        clock = clock_seconds if device else thread_seconds
+        seconds = [clock(engine.step) for _ in range(repeats)]
         assert engine.stats()["generation_tokens"] >= repeats * batch
         return seconds
+
+
+HOST = ("host_s", "host_ahead_s", "device_s", "device_ahead_s")
+
+
+def host_times(batch: int) -> dict[str, float]:
+    """What a step of ``thin`` costs the host, and takes beside a device of ``DEVICE`` seconds a step: see ``HOST``."""
+    found = [min(host_seconds(batch, ahead=ahead)) for ahead in (False, True)]
+    found += [median(host_seconds(batch, ahead=ahead, device=DEVICE)) for ahead in (False, True)]
+    return dict(zip(HOST, found, strict=True))
 
 
 def look_seconds(model: Any, repeats: int) -> list[float]:
@@ -148,16 +196,18 @@ def main() -> None:
         look = median(look_seconds(model, 4 * arguments.repeats))
         for batch in arguments.batch:
             seconds = steps(model, batch, arguments.repeats)
-            host = min(host_seconds(batch)) if name == "thin" else None
+            host = host_times(batch) if name == "thin" else {}
             medians = {side: median(values) for side, values in seconds.items()}
             ratio = medians["straight line"] / medians["native"]
             ms = [1e3 * one for one in (*(medians[side] for side in SIDES), limit, look)]
-            rows.append([name, batch, *ms[:2], f"{ratio:.2f}x", *ms[2:], "" if host is None else f"{1e3 * host:.2f}"])
+            shown = [f"{1e3 * host[key]:.2f}" if host else "" for key in HOST]
+            rows.append([name, batch, *ms[:2], f"{ratio:.2f}x", *ms[2:], *shown])
             found.append(
                 {"model": name, "batch": batch, "seconds": seconds, "ratio": ratio, "read_s": limit, "look_s": look}
-                | ({} if host is None else {"host_s": host})
+                | host
             )
-    header = ["model", "batch", "native ms", "Python ms", "ratio", "reading ms", "weights ms", "host ms"]
+    header = ["model", "batch", "native ms", "Python ms", "ratio", "reading ms", "weights ms", "host ms", "ahead ms"]
+    header += ["device ms", "ahead ms"]
     print_table("a decode step, fp32", header, rows)
     if arguments.json:
         print(f"written to {write_json(arguments.json, {'threads': arguments.threads, 'steps': found})}")
