@@ -252,11 +252,9 @@ class AsyncEngine(Gated):
 
     def _synchronize(self) -> None:
         """Wait until no step is in flight. Without ``async_scheduling`` none ever is."""
-        if not self.engine.runs_ahead or not self.is_running:
-            return
         if threading.current_thread() is self._thread:
             self.engine.synchronize()
-        else:
+        elif self.engine.runs_ahead and self.is_running:
             with contextlib.suppress(EngineUnavailable):  # the thread has ended meanwhile
                 self.call(lambda: None)
 
