@@ -201,6 +201,19 @@ def test_processes_that_a_recipe_does_not_go_with():
     assert "model.quantise must be null with train.distributed 'fsdp2'" in text
 
 
+def test_tensor_parallel_of_axolotl():
+    recipe, found = made({**AXOLOTL, "tensor_parallel_size": 2, "max_steps": 1})
+    assert recipe["train"]["distributed"]["strategy"] == "tp"
+    assert not [note for note in found.notes if note.key == "tensor_parallel_size"]
+    recipe, _ = made({**AXOLOTL, "tensor_parallel_size": 1, "max_steps": 1})
+    assert recipe["train"]["distributed"]["strategy"] == "ddp"
+    dora = {"adapter": "lora", "peft_use_dora": True, "tensor_parallel_size": 2, "max_steps": 1}
+    recipe, found = made({**AXOLOTL, **dora})
+    assert recipe["train"]["distributed"]["strategy"] == "ddp"
+    (text,) = [note.text for note in found.notes if note.lost and note.key == "tensor_parallel_size"]
+    assert "model.lora.use_dora must be false with train.distributed 'tp'" in text
+
+
 def test_other_trainers_of_trl():
     recipe, found = made({**TRL, "center_rewards_coefficient": 0.01, "eval_strategy": "steps", "eval_steps": 5})
     assert (recipe["objective"]["kind"], recipe["optimizer"]["learning_rate"]) == ("reward", 1e-4)

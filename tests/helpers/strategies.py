@@ -11,18 +11,24 @@ from toolkit.config import Recipe
 STEPS = 50
 MOE = {
     "model_type": "qwen3_moe", "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_experts": 4,
-    "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
     "max_position_embeddings": 32,
+}  # fmt: skip
+DENSE = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 32,
 }  # fmt: skip
 OWN_FILE = {
     "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
     "zero_optimization": {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "cpu"}},
 }  # fmt: skip
 """Of a user of DeepSpeed, as transformers' ``Trainer`` takes it."""
-STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp")
 CASES = ("dense", "moe", "bf16", "offload", "sft", "dpo", "kto", "reward", "grpo", "lora")
 RESUMED = ("dense", "moe", "bf16", "offload", "grpo", "lora")
 """Cases that are resumed from the middle."""
+REFUSED = {"tp": ("offload",)}
+"""Cases that a strategy does not take."""
 
 
 def base_of(folder: Path) -> Path:
@@ -32,7 +38,9 @@ def base_of(folder: Path) -> Path:
 
 def case(name: str, folder: Path, strategy: str, processes: int) -> Recipe:
     """A recipe whose steps see the same examples for any number of processes; ``folder``/text is a corpus."""
-    own: dict[str, Any] = {"run_name": f"{name}-{strategy}-{processes}", "checkpoint": {"save_steps": None}}
+    own: dict[str, Any] = {
+        "run_name": f"{name}-{strategy}-{processes}", "checkpoint": {"save_steps": None}, "model": {"config": DENSE},
+    }  # fmt: skip
     train: dict[str, Any] = {"distributed": strategy}
     if name in ("dense", "moe", "bf16", "offload"):
         own["checkpoint"] = {"save_steps": STEPS // 2}
@@ -50,7 +58,7 @@ def case(name: str, folder: Path, strategy: str, processes: int) -> Recipe:
     own["checkpoint"] = {"save_steps": 3}
     train |= {"max_steps": 6}
     if name == "sft":
-        train["per_device_train_batch_size"] = 4 // processes
+        train["per_device_train_batch_size"] = 4 if strategy == "tp" else 4 // processes
         # Nothing is solved, so that the first measure is the best one.
         own["evaluate"] = {"do_eval": True, "eval_steps": 2, "load_best_model_at_end": True}
         objective: dict[str, Any] = {"task": TASK}

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import toolkit
 from tests.helpers.distributed_cases import run_example
 from toolkit.errors import ToolkitError
+from toolkit.modules.tensor_parallel import group_of_model
 from toolkit.moe.sharded_parameters import gather_state_dict
 from toolkit.ops.collectives import copy_to_ranks, gather_from_ranks, reduce_from_ranks, share, split_to_ranks
 from toolkit.patching import report_of, state_spec
-from toolkit.patching.sharding import group_of
 from toolkit.patching.tensor_parallel import TensorParallel
 from toolkit.patching.weights import weight_version
 from toolkit.testing.models import random_model
@@ -132,8 +132,8 @@ def forward_and_gradients(rank: int, size: int, families: list[str], numerics: s
         with parallel.gathered():
             there = dict(whole.named_parameters())
             assert all(torch.equal(p, there[name]) for name, p in model.named_parameters())
-            assert group_of(model) is None
-        assert group_of(model) is not None
+            assert group_of_model(model) is None
+        assert group_of_model(model) is not None
 
 
 def forward_and_gradients_of_three(rank: int, size: int) -> None:
@@ -273,6 +273,71 @@ def rollouts(rank: int, size: int) -> None:
         assert engine.generate([[5, 6]], params)[0].logprobs == alone.generate([[5, 6]], params)[0].logprobs
 
 
+def adapters(rank: int, size: int, folders: dict[str, Path]) -> None:
+    """Requests that choose adapters of a split model: tokens and log-probabilities of one process, bitwise."""
+    for family, numerics in (("llama", "bitwise"), ("qwen3", "fast")):
+        whole, model, parallel = split(family, numerics)
+        ended = []
+        for one in (whole, model):
+            found: list[Any] = []
+            with toolkit.Engine(one, max_num_seqs=4, block_size=4, max_model_len=32, max_loras=2) as engine:
+                for name in ("narrow", "every"):
+                    engine.load_adapter(name, folders[f"{family}/{name}"])
+                for temperature in (0.0, 1.0):
+                    params = [
+                        toolkit.SamplingParams(
+                            max_tokens=8, temperature=temperature, seed=at, lora_name=name, ignore_eos=True
+                        )
+                        for at, name in enumerate((None, "narrow", "every", "narrow", None, "every"))
+                    ]
+                    found += engine.generate([[5, 6, 7, at % 3 + 8] for at in range(6)], params)
+                assert engine.backend.graphs.captured
+                if one is model:
+                    with pytest.raises(
+                        ToolkitError, match="must have use_dora false for a model that is split over ranks, got true"
+                    ):
+                        engine.load_adapter("dora", folders[f"{family}/dora"])
+                    engine.unload_adapter("narrow")
+                    again = engine.generate([[5, 6, 7, 8]], toolkit.SamplingParams(max_tokens=8, temperature=0))
+                    assert again[0].logprobs[0] == pytest.approx(found[0].logprobs[0], abs=1e-5)
+            ended.append([(one.token_ids, one.logprobs) for one in found])
+        if numerics == "bitwise":
+            assert ended[0] == ended[1]
+        assert len({tuple(logprobs) for _, logprobs in ended[1][:3]}) == 3  # each of them does something
+        for mine, theirs in zip(*ended, strict=True):
+            assert mine[1][0] == pytest.approx(theirs[1][0], abs=1e-5)
+        weights = {name: value.clone() for name, value in random_model(family).state_dict().items()}
+        parallel.load_state_dict(weights)  # under the names that the model has without adapters
+
+
+def adapter_gradients(rank: int, size: int, folder: Path) -> None:
+    """A model with LoRA is split: log-probabilities of one process, bitwise, and equal gradients of all factors."""
+    import peft
+
+    made = []
+    for _ in range(2):
+        adapted = peft.PeftModel.from_pretrained(random_model("llama"), str(folder), is_trainable=True)
+        toolkit.patch(adapted.get_base_model(), numerics="bitwise")
+        made.append(adapted)
+    whole, model = made
+    parallel = toolkit.tensor_parallel(model)
+    for one in made:
+        loss_of(one, TEXTS).backward()
+    assert torch.equal(*(torch.cat(toolkit.token_logprobs(one, TEXTS)).detach() for one in made))
+    expected = {name: one.grad for name, one in whole.named_parameters() if one.grad is not None}
+    found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    assert found.keys() == expected.keys()
+    assert any("o_proj" in name for name in found)
+    for name, grad in found.items():
+        everywhere = [torch.empty_like(grad) for _ in range(size)]
+        dist.all_gather(everywhere, grad.contiguous())
+        assert all(torch.equal(one, grad) for one in everywhere), name
+        assert (grad - expected[name]).norm() <= 1e-5 * max(float(expected[name].norm()), 1e-3), name
+    with parallel.gathered():
+        there = dict(whole.named_parameters())
+        assert all(torch.equal(p, there[name]) for name, p in model.named_parameters())
+
+
 def errors(rank: int, size: int) -> None:
     """What cannot be split, and what a split model cannot do, is one sentence on every rank."""
 
@@ -324,7 +389,7 @@ def errors(rank: int, size: int) -> None:
     refused("must have the shape", lambda: parallel.load_state_dict({"lm_head.weight": torch.zeros(1, 2)}))
     engine = toolkit.Engine(model)
     refused("engine must be a LeadingEngine", lambda: toolkit.AsyncEngine(engine))
-    refused("split over ranks, got 'a'", lambda: engine.load_adapter("a", "nowhere"))
+    refused("adapter 'nowhere' must be a folder with", lambda: engine.load_adapter("a", "nowhere"))
     with parallel.gathered():
         refused("the model must be split over ranks", lambda: engine.generate([[5]]))
     engine.close()

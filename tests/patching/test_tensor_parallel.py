@@ -8,7 +8,9 @@ import pytest
 import torch.multiprocessing as multiprocessing
 
 from tests.helpers import tensor_parallel_ranks as ranks
+from tests.helpers.adapter_folders import LINEAR, save_adapter
 from tests.helpers.exchange_processes import run
+from toolkit.testing.models import random_model
 
 DENSE = ["llama", "qwen3", "gemma2", "phi3_longrope", "gpt_neox"]
 MOE = ["qwen3_moe", "mixtral", "deepseek_v3_moe", "gpt_oss", "qwen3_next_moe"]
@@ -56,6 +58,29 @@ def test_engines_agree_over_random_schedules(family: str, tmp_path: Path) -> Non
 @pytest.mark.sweep
 def test_rollouts_and_steps(tmp_path: Path) -> None:
     in_ranks(tmp_path, ranks.rollouts)
+
+
+@pytest.mark.sweep
+def test_requests_choose_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    kinds: dict[str, dict[str, Any]] = {
+        "narrow": {"target_modules": ["q_proj", "v_proj"]},
+        "every": {"rank": 7, "target_modules": [*LINEAR, "lm_head", "embed_tokens"]},
+        "dora": {"use_dora": True},
+    }
+    folders = {
+        f"{family}/{name}": save_adapter(random_model(family), tmp_path / family / name, seed, **options)
+        for family in ("llama", "qwen3")
+        for seed, (name, options) in enumerate(kinds.items())
+    }
+    in_ranks(tmp_path, ranks.adapters, folders)
+
+
+@pytest.mark.sweep
+def test_gradients_of_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    folder = save_adapter(random_model("llama"), tmp_path / "adapter", target_modules=list(LINEAR))
+    in_ranks(tmp_path, ranks.adapter_gradients, folder)
 
 
 @pytest.mark.sweep

@@ -1,11 +1,13 @@
 """``toolkit serve --tensor-parallel-size``: real processes, the first of which serves."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,10 +16,12 @@ from typing import Any
 import pytest
 
 import toolkit
+from tests.helpers.adapter_folders import save_adapter
 from tests.helpers.listeners import LOOPBACK, listening
 from tests.helpers.server_process import ServerProcess, serving
 from toolkit.cli import main
 from toolkit.cli.ranks import Ranks
+from toolkit.errors import ToolkitError
 from toolkit.testing.models import random_model, tiny_tokenizer
 
 pytestmark = pytest.mark.sweep
@@ -80,6 +84,11 @@ def test_several_ranks_serve_as_one_process_and_end_together(folder: Path, tmp_p
         trained.save_pretrained(other)
         model.load_state_dict(trained.state_dict())
         anew = engine.generate([PROMPT], greedy)
+    model.load_state_dict(random_model("qwen3").state_dict())
+    adapter = save_adapter(random_model("qwen3"), tmp_path / "adapter")
+    with toolkit.Engine(model) as engine:
+        engine.load_adapter("a", adapter)
+        chosen = engine.generate([PROMPT], dataclasses.replace(greedy, lora_name="a"))
     with serving(folder, *OPTIONS, "--enable-admin-endpoints") as server:
         found = complete(server) + complete(server, temperature=1.0, seed=3, n=3)
         ranks = others(server)
@@ -87,10 +96,11 @@ def test_several_ranks_serve_as_one_process_and_end_together(folder: Path, tmp_p
             assert listening(process) <= LOOPBACK
         with urllib.request.urlopen(f"{server.url}/get_world_size", timeout=200) as response:
             assert json.load(response) == {"world_size": 2}
-        adapter = {"lora_name": "a", "lora_path": str(tmp_path)}
-        for path in ("/v1/load_lora_adapter", "/load_lora_adapter", "/v1/unload_lora_adapter"):
-            said = "The served model is split over ranks, which takes no adapters; merge them into its weights."
-            assert error_of(server, path, adapter) == (400, said)
+        status, said = error_of(server, "/v1/load_lora_adapter", {"lora_name": "none", "lora_path": str(tmp_path)})
+        assert (status, "must be a folder with adapter_config.json" in said) == (404, True)
+        post(server, "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": str(adapter)})  # on all ranks
+        adapted = complete(server, model="a")
+        post(server, "/v1/unload_lora_adapter", {"lora_name": "a"})
         status, said = error_of(server, "/export", {"path": str(tmp_path / "out"), "to": "hf"})
         assert (status, "split over ranks" in said) == (400, True)
         for process in ranks:  # as systemd does, which signals all processes: the first rank finishes what runs
@@ -105,6 +115,8 @@ def test_several_ranks_serve_as_one_process_and_end_together(folder: Path, tmp_p
     assert [one["logprobs"]["token_logprobs"] for one in found] == [one.logprobs for one in expected]
     assert after[0]["logprobs"]["token_logprobs"] == anew[0].logprobs
     assert anew[0].logprobs != expected[0].logprobs
+    assert adapted[0]["logprobs"]["token_logprobs"] == chosen[0].logprobs
+    assert chosen[0].logprobs != expected[0].logprobs
 
 
 def test_a_rank_that_dies_ends_the_server_with_a_sentence(folder: Path) -> None:
@@ -126,11 +138,42 @@ def test_ranks_end_when_the_first_one_dies(folder: Path) -> None:
         assert "toolkit: rank 1 ends, since rank 0 has: " in "".join(server.errors)
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_rank_that_is_stopped_ends_the_server_with_a_sentence(folder: Path, busy: bool) -> None:
+    """A stopped process closes no connection: nothing but the missing signs of life shows it."""
+    with serving(folder, *OPTIONS, "--tensor-parallel-timeout", "8") as server:
+        complete(server)
+        (rank,) = others(server)
+        os.kill(rank, signal.SIGSTOP)
+        if busy:
+            with pytest.raises((urllib.error.URLError, ConnectionError)):
+                complete(server)
+        assert server.process.wait(200) == 1
+        server.errors_read()
+        said = f"rank 1 of tensor parallel (process {rank}) gave no sign of life for 8 s (--tensor-parallel-timeout)"
+        assert said in "".join(server.errors)
+        assert has_ended(rank)
+
+
+def test_a_server_that_is_stopped_as_a_whole_goes_on(folder: Path) -> None:
+    with serving(folder, *OPTIONS, "--tensor-parallel-timeout", "10") as server:
+        before = complete(server)
+        processes = [*others(server), server.process.pid]
+        for number, pause in ((signal.SIGSTOP, 12.0), (signal.SIGCONT, 0.0)):
+            for process in processes:
+                os.kill(process, number)
+            time.sleep(pause)
+        assert complete(server)[0]["logprobs"] == before[0]["logprobs"]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(200) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
         (["-tp", "0"], "--tensor-parallel-size must be >= 1, got 0."),
         (["-tp", "2", "--device", "meta"], "--device must be cpu or cuda with --tensor-parallel-size, got meta."),
+        (["-tp", "2", "--tensor-parallel-timeout", "0.5"], "--tensor-parallel-timeout must be 0 or >= 1, got 0.5."),
         (["-tp", "2", "--train"], "--tensor-parallel-size must be 1 with --train, got 2."),
     ],
 )
@@ -139,12 +182,47 @@ def test_options_that_do_not_fit(options: list[str], why: str, folder: Path, cap
     assert f"toolkit: {why}" in capfd.readouterr().err
 
 
+def ranks_of_commands(commands: list[str]) -> Ranks:
+    """The first rank of those whose processes run other Python."""
+    ranks = Ranks.__new__(Ranks)
+    ranks._ending, ranks._silent = False, set()
+    ranks._others = [subprocess.Popen([sys.executable, "-c", command]) for command in commands]
+    return ranks
+
+
+def test_an_error_that_no_lost_rank_has_made_is_raised_at_once() -> None:
+    ranks = ranks_of_commands(["import time; time.sleep(200)"] * 3)
+    begun = time.monotonic()
+    try:
+        with pytest.raises(RuntimeError, match="a defect"), ranks.lost_ranks_named():
+            raise RuntimeError("a defect")
+        assert time.monotonic() - begun < 4  # it was 5 s for every rank
+    finally:
+        for process in ranks._others:
+            process.kill()
+            process.wait()
+
+
+def test_the_rank_that_ended_is_named_whichever_it_is() -> None:
+    ranks = ranks_of_commands(["import time; time.sleep(200)", "raise SystemExit(3)"])
+    try:
+        with (
+            pytest.raises(
+                ToolkitError, match=r"rank 2 of tensor parallel \(process \d+\) has ended with exit status 3"
+            ),
+            ranks.lost_ranks_named(),
+        ):
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:5")
+    finally:
+        for process in ranks._others:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize(("status", "said"), [(0, 0), (3, 1)])
 def test_a_rank_that_ends_as_it_should_is_not_lost(status: int, said: int) -> None:
     """The engine is closed, and ``end`` is not called yet."""
-    ranks = Ranks.__new__(Ranks)
-    ranks._ending = False
-    ranks._others = [subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])]
+    ranks = ranks_of_commands([f"raise SystemExit({status})"])
     sentences: list[str] = []
     before = set(threading.enumerate())
     ranks.watch(sentences.append)

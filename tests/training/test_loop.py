@@ -418,5 +418,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(corpus: Path) -> None:
 
 def test_two_processes_train_as_one(corpus: Path) -> None:
     run_processes("training/two_processes.py", corpus, says="bitwise identical")
-    with pytest.raises(ToolkitError, match="was written by 2 processes and cannot be resumed by 1"):
+    with pytest.raises(ToolkitError, match=r"data.streams must be 2 to resume with 1 processes what 2 have written"):
         Trainer(tiny_recipe(corpus, run_name="two", train={"max_steps": 4}, resume_from_checkpoint=True), quiet=True)
+    two = {"train": {"max_steps": 4}, "data": {"streams": 2}, "resume_from_checkpoint": True}
+    assert Trainer(tiny_recipe(corpus, run_name="two", **two), quiet=True).step == 4

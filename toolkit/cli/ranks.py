@@ -5,28 +5,34 @@ itself. Each opens the model and keeps its shard.
 """
 
 import argparse
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from toolkit.cli import signs_of_life
+from toolkit.cli.launch import lost_process
 from toolkit.cli.loopback import joined_store, keep_gloo_local, listening_store
 from toolkit.errors import ToolkitError, first_line
 
 if TYPE_CHECKING:
     from toolkit.engine.leading import RankEngine
 
-_RANK, _STORE = "TOOLKIT_TENSOR_PARALLEL_RANK", "TOOLKIT_TENSOR_PARALLEL_STORE"
+_RANK, _STORE, _PIPE = (f"TOOLKIT_TENSOR_PARALLEL_{name}" for name in ("RANK", "STORE", "PIPE"))
+_END = 5.0
+"""Seconds in which a rank ends whose connections are closed already."""
 _FOR_EVER = timedelta(days=3650)  # the other ranks wait as long as no request comes; one that ends closes its sockets
 
 
 def add_ranks_option(parser: argparse.ArgumentParser) -> None:
-    """``--tensor-parallel-size``."""
+    """``--tensor-parallel-size`` and ``--tensor-parallel-timeout``."""
     parser.add_argument(
         "--tensor-parallel-size",
         "-tp",
@@ -34,6 +40,13 @@ def add_ranks_option(parser: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="processes, each on its GPU or on the CPUs of this machine, over which the model is split (default: 1)",
+    )
+    parser.add_argument(
+        "--tensor-parallel-timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="end, with a sentence, when one of them gives no sign of life for so long (default: 60; 0: never)",
     )
 
 
@@ -49,12 +62,14 @@ class Ranks:
         size: how many.
         words: of the command line.
         on_cuda: whether each has a GPU.
+        timeout: seconds without a sign of life after which the first rank ends another one; 0 is never.
     """
 
-    def __init__(self, size: int, words: list[str], on_cuda: bool) -> None:
+    def __init__(self, size: int, words: list[str], on_cuda: bool, timeout: float = 0.0) -> None:
         self.size, self.rank = size, int(os.environ.get(_RANK, 0))
-        self._on_cuda = on_cuda
+        self._on_cuda, self._timeout = on_cuda, timeout
         self._others: list[subprocess.Popen[bytes]] = []
+        self._silent: set[int] = set()
         self._ending = False
         self._connect(words)
 
@@ -74,8 +89,11 @@ class Ranks:
         keep_gloo_local()
         store = listening_store() if leads else joined_store(int(os.environ[_STORE]))
         if leads:
-            self._others = [_started(words, rank, store.port) for rank in range(1, self.size)]
+            for rank in range(1, self.size):
+                self._start(words, rank, store.port)
         else:
+            if self._timeout:
+                signs_of_life.give(int(os.environ[_PIPE]), self._timeout)
             for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal or systemd: the first rank gets them too
                 signal.signal(number, signal.SIG_IGN)
         with self.lost_ranks_named():
@@ -83,6 +101,24 @@ class Ranks:
         assert dist.group.WORLD is not None
         self._control: str = dist.group.WORLD.group_name
         self._group: Any = dist.new_group(backend="nccl") if self._on_cuda else dist.group.WORLD
+
+    def _start(self, words: list[str], rank: int, port: int) -> None:
+        """Start the process of another rank; its standard output is this one's standard error."""
+        read, write = os.pipe()
+        environment = {**os.environ, _RANK: str(rank), _STORE: str(port), _PIPE: str(write)}
+        command = [sys.executable, "-m", "toolkit.cli", *words]
+        process = subprocess.Popen(command, env=environment, stdout=sys.stderr.fileno(), pass_fds=(write,))
+        os.close(write)
+        self._others.append(process)
+
+        def lost() -> None:
+            self._silent.add(rank)
+            process.kill()  # one that is stopped, too; its connections close, and whoever waits for it is told
+
+        if self._timeout:
+            signs_of_life.watch(read, self._timeout, lost)
+        else:
+            os.close(read)
 
     def device(self, asked: str) -> str:
         """This rank's device where the user asked for this one."""
@@ -121,7 +157,7 @@ class Ranks:
 
         def wait(rank: int, process: subprocess.Popen[bytes]) -> None:
             if process.wait() != 0 and not self._ending:
-                lost(_ended(rank, process))
+                lost(self._ended(rank))
 
         for rank, process in enumerate(self._others, 1):
             threading.Thread(target=wait, args=(rank, process), name=f"rank {rank}", daemon=True).start()
@@ -132,13 +168,14 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            for rank, process in enumerate(self._others, 1):
-                try:
-                    process.wait(5)
-                except subprocess.TimeoutExpired:
-                    continue
-                raise ToolkitError(_ended(rank, process)) from error
-            raise
+            deadline = time.monotonic() + (_END if lost_process(error) else 0.0)
+            while True:
+                for rank, process in enumerate(self._others, 1):
+                    if process.poll() is not None:
+                        raise ToolkitError(self._ended(rank)) from error
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.02)
 
     def end(self, grace: float = 10.0) -> None:
         """Wait for the other ranks, which end with this one's engine; those that do not are killed."""
@@ -150,15 +187,12 @@ class Ranks:
                 process.kill()
                 process.wait()
 
-
-def _ended(rank: int, process: "subprocess.Popen[bytes]") -> str:
-    return f"rank {rank} of tensor parallel (process {process.pid}) has ended with exit status {process.returncode}."
-
-
-def _started(words: list[str], rank: int, port: int) -> "subprocess.Popen[bytes]":
-    """The process of another rank; its standard output is this one's standard error."""
-    environment = {**os.environ, _RANK: str(rank), _STORE: str(port)}
-    return subprocess.Popen([sys.executable, "-m", "toolkit.cli", *words], env=environment, stdout=sys.stderr.fileno())
+    def _ended(self, rank: int) -> str:
+        process = self._others[rank - 1]
+        how = f"has ended with exit status {process.returncode}"
+        if rank in self._silent:
+            how = f"gave no sign of life for {self._timeout:g} s (--tensor-parallel-timeout) and was ended"
+        return f"rank {rank} of tensor parallel (process {process.pid}) {how}."
 
 
 @contextmanager
@@ -171,6 +205,9 @@ def ranks_of(args: argparse.Namespace, runner: str) -> Iterator[Ranks | None]:
     size = args.tensor_parallel_size
     if size < 1:
         raise ToolkitError(f"--tensor-parallel-size must be >= 1, got {size}.")
+    timeout = args.tensor_parallel_timeout
+    if timeout != 0 and not 1 <= timeout < math.inf:
+        raise ToolkitError(f"--tensor-parallel-timeout must be 0 or >= 1, got {timeout:g}.")
     if size == 1:
         yield None
         return
@@ -181,7 +218,7 @@ def ranks_of(args: argparse.Namespace, runner: str) -> Iterator[Ranks | None]:
         raise ToolkitError(f"--tensor-parallel-size must be 1 with --train, got {size}.")
     if runner != "generate":
         raise ToolkitError(f"--tensor-parallel-size must be 1 for a pooling model, got {size}.")
-    ranks = Ranks(size, args.words, on_cuda)
+    ranks = Ranks(size, args.words, on_cuda, timeout)
     try:
         yield ranks
     finally:

@@ -256,7 +256,7 @@ class TrainSection(Section):
     distributed: Annotated[
         DistributedSection, BeforeValidator(lambda v: {"strategy": v} if isinstance(v, str) else v)
     ] = Field(default_factory=DistributedSection)
-    """How several processes share the model: ddp, fsdp2, zero1, zero2 or zero3; or a mapping with options."""
+    """How several processes share the model: ddp, fsdp2, zero1, zero2, zero3 or tp; or a mapping with options."""
 
 
 def _checkpoint_to_resume(value: Any) -> Any:

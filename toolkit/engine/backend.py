@@ -17,7 +17,6 @@ from toolkit.ops.collectives import gather_objects, num_ranks
 from toolkit.ops.executor import step_threads
 from toolkit.patching import patch, report_of
 from toolkit.patching.adapters import (
-    adapter_layers,
     adapter_parts,
     fuse_adapters,
     inner_model,
@@ -27,8 +26,9 @@ from toolkit.patching.adapters import (
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal import encode, expand, span_layers, takes_media
-from toolkit.patching.sharding import check_unsharded, group_of
+from toolkit.patching.sharding import check_unsharded
 from toolkit.patching.state_spec import state_spec
+from toolkit.patching.tensor_parallel import group_of_model
 from toolkit.patching.weights import weight_clock
 from toolkit.state import PagedContext, PrefixKey, StateSpec
 from toolkit.state.media import Features
@@ -112,7 +112,7 @@ class PatchedModel:
         self.graphs = DecodeGraphs(model)
         self.clock = weight_clock(model)
         self.sampled = False
-        self.group = group_of(model)
+        self.group = group_of_model(model)
         self.captures_ahead = records(parameter.device)
         self._seen = (-1, -1)
         self._adapter_parts: list[nn.Module] = []
@@ -159,11 +159,9 @@ class PatchedModel:
 
     def _check_group(self) -> None:
         """Raise ToolkitError where the model is split over other ranks than when its state was laid out."""
-        if group_of(self.model) != self.group:
+        if group_of_model(self.model) != self.group:
             was, now = ("whole", "split over ranks") if self.group is None else ("split over ranks", "whole")
             raise ToolkitError(f"the model must be {was}, as when its engine was made, got one that is {now}.")
-        if self.group is not None and adapter_layers(self.model):
-            raise ToolkitError("a model that is split over ranks must have no adapters for generating, got some.")
 
     @property
     def ranks(self) -> int:

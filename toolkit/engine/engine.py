@@ -272,8 +272,6 @@ class Engine:
         self._check_open()
         if self.adapters is None:
             raise ToolkitError(f"lora_name must be None for this backend, got {name!r}.")
-        if getattr(self.backend, "group", None) is not None:
-            raise ToolkitError(f"lora_name must be None for a model that is split over ranks, got {name!r}.")
         return self.adapters
 
     def sleep(self) -> None:

@@ -18,12 +18,20 @@ from toolkit.errors import ToolkitError
 from toolkit.ops.collectives import send_object
 from toolkit.patching.tensor_parallel import parallel_of
 
-Call = tuple[str, tuple[Any, ...], dict[str, Any], tuple[int, int]]
+Progress = tuple[int, int, int]
+"""Of an engine: its steps, its tokens, and how many calls have raised an error."""
+Call = tuple[str, tuple[Any, ...], dict[str, Any], Progress]
 """A method, its arguments, and how far the leading engine had come before it."""
 
 
 class RankEngine(Engine):
-    """An engine of one rank of a model that is split over ranks."""
+    """An engine of one rank of a model that is split over ranks.
+
+    Attributes:
+        failed_calls: calls of all ranks that have raised an error here.
+    """
+
+    failed_calls = 0
 
     def write_weights(self, weights: Mapping[str, Tensor]) -> int:
         """The weight version after this rank's shard of whole ``weights`` is written into the model."""
@@ -50,16 +58,19 @@ def _everywhere(name: str) -> Any:
             with self._guard():
                 send_object(call, self._control)
                 return own(self, *args, **kwargs)
+        except Exception:
+            self.failed_calls += 1
+            raise
         finally:
             self._leads = False
 
     return method
 
 
-def _progress(engine: Engine) -> tuple[int, int]:
-    """Steps and tokens so far: equal on the ranks of one model."""
+def _progress(engine: RankEngine) -> Progress:
+    """Equal on the ranks of one model."""
     stats = engine.stats()
-    return int(stats["num_steps"]), int(stats["generation_tokens"])
+    return int(stats["num_steps"]), int(stats["generation_tokens"]), engine.failed_calls
 
 
 def _pickled(call: Call) -> bytes:
@@ -98,6 +109,8 @@ class LeadingEngine(RankEngine):
     see_weights = _everywhere("see_weights")
     write_weights = _everywhere("write_weights")
     reset_prefix_cache = _everywhere("reset_prefix_cache")
+    load_adapter = _everywhere("load_adapter")
+    unload_adapter = _everywhere("unload_adapter")
 
     def close(self) -> None:
         """Close the engines of all ranks; this one's where they have ended."""
@@ -119,12 +132,19 @@ class LeadingEngine(RankEngine):
         raise ToolkitError("prefixes cannot be loaded where a model is split over ranks, which have parts of them.")
 
 
+_STEPPING = ("generate", "step")
+"""Calls in which ranks exchange what layers compute."""
+
+
 def follow(engine: RankEngine, control: str) -> None:
     """Make the calls of the first rank's engine until it is closed.
 
     Args:
         engine: of another rank.
         control: as for ``LeadingEngine``.
+
+    An error of a call that steps the engine ends this rank, since others may have made a part of the step. Any other
+    error is the first rank's too, which says it: the next call shows whether it was.
 
     Raises:
         ToolkitError: the engines have come apart.
@@ -134,13 +154,15 @@ def follow(engine: RankEngine, control: str) -> None:
         name, args, kwargs, progress = pickle.loads(send_object(None, control))
         if _progress(engine) != progress:
             raise ToolkitError(
-                f"engines of all ranks must have made the same steps and tokens, got {_progress(engine)} here and "
-                f"{progress} on the first rank."
+                "engines of all ranks must have made the same steps, tokens and failed calls, got "
+                f"{_progress(engine)} here and {progress} on the first rank."
             )
         try:
             getattr(engine, name)(*args, **kwargs)
-        except ToolkitError:  # the first rank's call raised it too, and says it
-            continue
+        except Exception as error:
+            engine.failed_calls += 1
+            if name in _STEPPING and not isinstance(error, ToolkitError):
+                raise
 
 
 def check_threaded(engine: Any) -> None:

@@ -5,7 +5,7 @@ ranks, a *split* one is this rank's share of the last dimension (``toolkit.ops.c
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,18 +13,43 @@ from toolkit.ops.collectives import copy_to_ranks, gather_from_ranks, reduce_fro
 
 Linear = Callable[..., Tensor]
 """``toolkit.modules.linear.autocast_linear`` or ``torch.nn.functional.linear``."""
-GROUP = "tensor_parallel_group"
-"""The attribute of a forward of this file that names its process group."""
+_SPLIT = "tensor_parallel_split"
+"""The attribute of a forward of this file that is its ``Split``."""
+
+
+class Split(NamedTuple):
+    """What a split layer takes and returns.
+
+    Fields:
+        group: name of the process group.
+        input: whether it takes this rank's share of the K inputs; else all of them.
+        output: whether it returns this rank's share of the N outputs; else all of them.
+    """
+
+    group: str
+    input: bool
+    output: bool
+
+
+def split_of_forward(module: nn.Module) -> Split | None:
+    """How a module is split over ranks; None for a module that is whole."""
+    found: Split | None = getattr(module.__dict__.get("forward"), _SPLIT, None)
+    return found
 
 
 def group_of_forward(module: nn.Module) -> str | None:
     """The group that a module is split over; None for a module that is whole."""
-    found: str | None = getattr(module.__dict__.get("forward"), GROUP, None)
-    return found
+    split = split_of_forward(module)
+    return None if split is None else split.group
 
 
-def _of_group(forward: Callable[..., Tensor], group: str) -> Callable[..., Tensor]:
-    forward.__dict__[GROUP] = group
+def group_of_model(model: nn.Module) -> str | None:
+    """The name of the process group that a model is split over; None for a model that is whole."""
+    return next((group for module in model.modules() if (group := group_of_forward(module)) is not None), None)
+
+
+def _split(forward: Callable[..., Tensor], group: str, input: bool, output: bool) -> Callable[..., Tensor]:
+    forward.__dict__[_SPLIT] = Split(group, input, output)
     return forward
 
 
@@ -43,7 +68,7 @@ def column_forward(linear: Linear, group: str, gather_output: bool) -> Callable[
         y = linear(copy_to_ranks(input, group), self.weight, self.bias)
         return gather_from_ranks(y, -1, self.out_features, group) if gather_output else y
 
-    return _of_group(forward, group)
+    return _split(forward, group, input=False, output=not gather_output)
 
 
 def shared_column_forward(linear: Linear, group: str) -> Callable[..., Tensor]:
@@ -54,7 +79,7 @@ def shared_column_forward(linear: Linear, group: str) -> Callable[..., Tensor]:
         bias = None if self.bias is None else split_to_ranks(self.bias, 0, group)
         return gather_from_ranks(linear(copy_to_ranks(input, group), weight, bias), -1, self.out_features, group)
 
-    return _of_group(forward, group)
+    return _split(forward, group, input=False, output=False)
 
 
 def gathered_row_forward(linear: Linear, group: str, split_input: bool) -> Callable[..., Tensor]:
@@ -74,7 +99,7 @@ def gathered_row_forward(linear: Linear, group: str, split_input: bool) -> Calla
         y = linear(copy_to_ranks(x, group), self.weight, self.bias)
         return gather_from_ranks(y, -1, self.out_features, group)
 
-    return _of_group(forward, group)
+    return _split(forward, group, input=split_input, output=False)
 
 
 def reduced_row_forward(linear: Linear, group: str, split_input: bool) -> Callable[..., Tensor]:
@@ -88,4 +113,4 @@ def reduced_row_forward(linear: Linear, group: str, split_input: bool) -> Callab
         y = reduce_from_ranks(linear(x, self.weight, None), group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    return _of_group(forward, group)
+    return _split(forward, group, input=split_input, output=False)

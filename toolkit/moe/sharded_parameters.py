@@ -19,6 +19,10 @@ class ShardedParameters(ABC):
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
 
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether a parameter is one of these."""
+        return any(one is parameter for one in self.parameters.values())
+
     @abstractmethod
     def gather(self, parameter: nn.Parameter, shard: Tensor) -> Tensor:
         """The full layout of a parameter's shards, or of what has its layout; all ranks of the group must call it."""
@@ -95,7 +99,7 @@ class ShardedParameters(ABC):
     def shard_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Replaces an optimizer's state in the full layout, as ``gathered`` gave it, by this rank's shard."""
         for parameter in self.parameters.values():
-            state = optimizer.state[parameter]
+            state = optimizer.state.get(parameter, {})  # a frozen parameter has none
             for key, value in state.items():
                 if value.dim():
                     state[key] = self.shard(parameter, value)

@@ -32,11 +32,6 @@ def is_sharded(model: nn.Module | None) -> bool:
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
-def group_of(model: nn.Module) -> str | None:
-    """The name of the process group that a model is split over (``tensor_parallel``); None for a model that is not."""
-    return next((group for module in model.modules() if (group := group_of_forward(module)) is not None), None)
-
-
 def check_unsplit(model: nn.Module, purpose: str) -> None:
     """Raise ToolkitError for a model that tensor parallel has split; it names the first such layer."""
     split = next((path for path, module in model.named_modules() if group_of_forward(module) is not None), None)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from toolkit.patching import weights_changed
-from toolkit.training.strategies.shards import shard_like, whole_of
+from toolkit.training.strategies import Strategy
 
 FILE = "ema.safetensors"
 
@@ -20,10 +20,11 @@ class AveragedWeights:
     Args:
         model: whose trained parameters are averaged.
         decay: see above.
+        strategy: how processes share the model.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model, self._decay = model, decay
+    def __init__(self, model: nn.Module, decay: float, strategy: Strategy) -> None:
+        self._model, self._decay, self._strategy = model, decay, strategy
         self._parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self._averages = {name: _float32(one) for name, one in self._parameters.items()}
 
@@ -51,12 +52,13 @@ class AveragedWeights:
 
     def whole(self) -> dict[str, Tensor]:
         """The averages by name. Where they are sharded over processes, all of these must call it."""
-        return {name: whole_of(one) for name, one in self._averages.items()}
+        return {name: self._strategy.whole_of(self._parameters[name], one) for name, one in self._averages.items()}
 
     def load(self, folder: Path) -> None:
         """Continue with what ``save_averages`` wrote."""
         for name, value in load_file(str(folder / FILE)).items():
-            self._averages[name].copy_(shard_like(value, self._averages[name]))
+            own = self._averages[name]
+            own.copy_(self._strategy.shard_like(self._parameters[name], value, own))
 
 
 def save_averages(averages: dict[str, Tensor], folder: Path) -> None:

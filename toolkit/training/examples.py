@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from toolkit.chat import prompt_token_ids
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
+from toolkit.training.division import Division
 from toolkit.training.preparing import Example
 
 MOST_MISSES = 1_000_000
@@ -22,6 +23,9 @@ class Stream(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position of a stream with the same arguments."""
+
+    def follow(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go to where the streams of another number of processes were, which read what they have not."""
 
 
 class LineStream:
@@ -47,7 +51,7 @@ class LineStream:
             raise ToolkitError(
                 f"objective.data_files must have a line for each of {world_size} processes, got {len(lines)}."
             )
-        self._lines, self._seed, self._rank, self._world_size = lines, seed, rank, world_size
+        self._lines, self._seed, self._division = lines, seed, Division(rank, world_size)
         self._epoch, self._done = 0, 0
         self._share = self._order()
 
@@ -63,7 +67,7 @@ class LineStream:
                     keys[number * len(self._lines) + line] = digest(f"{salt}/{line}" + (f"/{number}" * (number > 0)))
             first += count
         order = [number % len(self._lines) for number in sorted(keys, key=keys.__getitem__)]
-        return order[self._rank :: self._world_size]
+        return self._division.share(order, self._epoch)
 
     @property
     def lines_per_epoch(self) -> int:
@@ -74,7 +78,7 @@ class LineStream:
         """The next ``count`` lines."""
         taken = []
         for _ in range(count):
-            if self._done == len(self._share):
+            while self._done == len(self._share):
                 self._epoch, self._done = self._epoch + 1, 0
                 self._share = self._order()
             taken.append(self._lines[self._share[self._done]])
@@ -83,11 +87,18 @@ class LineStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON."""
-        return {"epoch": self._epoch, "done": self._done}
+        return {"epoch": self._epoch, "done": self._done, **self._division.state_dict(self._epoch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position of a stream with the same arguments."""
         self._epoch, self._done = state["epoch"], state["done"]
+        self._division.load_state_dict(state)
+        self._share = self._order()
+
+    def follow(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go to where the streams of another number of processes were."""
+        self._division.follow(states, [[state["epoch"], state["done"]] for state in states])
+        self._epoch, self._done = min(state["epoch"] for state in states), 0
         self._share = self._order()
 
 
@@ -152,6 +163,11 @@ class Packed:
         if state.get("example"):
             self._peek()
             self._done = state["example"]
+
+    def follow(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go to where another number of processes was. A source of which one has trained on a part is read again."""
+        self._stream.follow([{key: value for key, value in state.items() if key != "example"} for state in states])
+        self._examples, self._done = [], 0
 
 
 def check_misses(misses: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 
 from toolkit.config import Recipe, dump
@@ -81,7 +81,7 @@ class Trainer:
         with self._showing():
             self.objective = make_objective(recipe)
         if start is not None:
-            check_start(start, self.objective, self.accelerator.num_processes)
+            check_start(start, self.objective)
         self.log(f"data: {self.objective.describe()}")
         self._warmed_up = self._warm_up(start)
 
@@ -112,18 +112,18 @@ class Trainer:
             make_scheduler(self.optimizer.optimizer, recipe.schedule, recipe.train.max_steps)
         )
         # Runs the model: one that cannot take a ragged batch is refused before anything is written.
-        with strategy.whole():
+        with strategy.inference():
             self.balancing = Balancing(recipe.train.moe, self.objective.context, self.patch_report)
             self.indexers = IndexerTraining(recipe.train.indexer_loss_coef, self.objective.context, self.patch_report)
         decay = recipe.train.ema_decay
-        self.averaged = None if decay is None else AveragedWeights(self.hf_model, decay)
+        self.averaged = None if decay is None else AveragedWeights(self.hf_model, decay, strategy)
         self.step, self.seconds, self.num_tokens = 0, 0.0, 0
         self._saved = 0 if start is None else start.step
         self._stopping = False
         self.before_training: dict[str, Any] | None = None
         self.measured: tuple[int, dict[str, Any]] | None = None  # by the weights as they are after that step
         self.measures = Measures(recipe.evaluate, self.objective.eval_metric)
-        set_seed(recipe.seed, device_specific=True)
+        set_seed(recipe.seed, device_specific=not recipe.train.distributed.same_data)
         if start is not None:
             restore_run(self, start)
         self._prepare_folder()
@@ -149,8 +149,9 @@ class Trainer:
             folder=self.folder,
             log=self.log,
             stop=self.stop,
-            gathered=self.strategy.whole,
+            gathered=self.strategy.inference,
             averaged=self._average_applied,
+            same_data=self.recipe.train.distributed.same_data,
         )
 
     def _prepare_folder(self) -> None:
@@ -198,7 +199,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """The objective's held-out measure. All processes must call it."""
-        with self._average_applied(), self.strategy.whole(), self._showing():
+        with self._average_applied(), self.strategy.inference(), self._showing():
             return self.objective.evaluate()
 
     def _showing(self) -> AbstractContextManager[None]:
@@ -353,7 +354,8 @@ class Trainer:
         Args:
             position: of this process when the step ended; None where that is now.
         """
-        gathered = gather_object([self._position() if position is None else position])
+        own = self._position() if position is None else position
+        gathered = self.objective.context.gather_objects(own)
         rngs, positions = [rng for rng, _ in gathered], [data for _, data in gathered]
         averages = None if self.averaged is None else self.averaged.whole()
         with self.strategy.saving() as optimizer:

@@ -5,7 +5,7 @@ is not a sum over tokens, is that of each micro-batch, weighted by its tokens.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class Balancing:
         if not mine:
             return
         self._updates += 1
-        reduced = cast(Tensor, self.context.accelerator.reduce(torch.cat(list(mine.values())), "sum"))
+        reduced = self.context.sum_tensor(torch.cat(list(mine.values())))
         for layer, load in zip(mine, reduced.split([len(load) for load in mine.values()])):
             _add(self._step_loads, layer, load)
             if updated and self.section.bias_update_rate and layer in self.statistics.expert_biases:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from toolkit.config.optimization import OptimizerSection
 from toolkit.errors import ToolkitError
-from toolkit.moe.sharding import ShardedExperts
+from toolkit.moe.sharded_parameters import ShardedParameters
 from toolkit.quantised import QuantisedWeight, dense_values
 from toolkit.training.moments import MOMENTS, update
 
@@ -176,13 +176,22 @@ def _is_plain(parameter: nn.Parameter) -> bool:
     return parameter.dtype == torch.float32 and not isinstance(parameter, QuantisedWeight)
 
 
+def _scaler(device: torch.device, sharded: bool) -> torch.amp.GradScaler:
+    """One that halves its scale in all processes where the gradients of one overflow, if they have different ones."""
+    if not sharded:
+        return torch.amp.GradScaler(device.type)
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    return ShardedGradScaler(device.type)
+
+
 class GradientStep:
     """What lies between a loss and new weights: loss scaling, backward, reduction over processes, clipping, step.
 
     Args:
         forward: what data parallel wraps.
         optimizer: of accelerate.
-        sharded: experts that are not averaged by data parallel.
+        sharded: parameters that are not averaged by data parallel, each of which has a part on this process.
         section: of the recipe; its ``max_grad_norm`` bounds the norm.
         loss_scaling: as ``torch.amp.GradScaler``: a step whose gradients overflow is skipped and the scale halved.
 
@@ -191,18 +200,21 @@ class GradientStep:
         skipped: updates of the run that did not, because their loss or gradients were not finite.
     """
 
+    averages: ClassVar[bool] = True
+    """Whether processes have gradients of different examples."""
+
     def __init__(
         self,
         accelerator: Accelerator,
         forward: nn.Module,
         optimizer: Any,
-        sharded: ShardedExperts | None,
+        sharded: ShardedParameters | None,
         section: OptimizerSection,
         loss_scaling: bool = False,
     ) -> None:
         self._accelerator, self._forward, self._optimizer = accelerator, forward, optimizer
         self._sharded, self._section = sharded, section
-        self.scaler = torch.amp.GradScaler(accelerator.device.type) if loss_scaling else None
+        self.scaler = _scaler(accelerator.device, sharded is not None) if loss_scaling else None
         self.updated, self.skipped, self._in_a_row = True, 0, 0
         # Data parallel would reduce 16-bit gradients as they are, and only those of the last micro-batch's backward.
         in_float32 = isinstance(optimizer.optimizer, LowPrecisionAdamW)
@@ -211,7 +223,8 @@ class GradientStep:
             optimizer.optimizer.add_gradients_in_float32()
         apart = {id(p) for p in sharded.parameters.values()} if sharded is not None else set()
         parameters = [p for p in forward.parameters() if p.requires_grad and id(p) not in apart]
-        self._reduced = parameters if in_float32 and accelerator.num_processes > 1 else None
+        averaged = in_float32 and self.averages and accelerator.num_processes > 1
+        self._reduced = parameters if averaged else None
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch: gradients are averaged over the processes with the last one of an update."""

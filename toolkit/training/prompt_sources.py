@@ -108,6 +108,9 @@ class _Listed:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.done = state["done"]
 
+    def follow(self, states: Sequence[dict[str, Any]]) -> None:
+        self.load_state_dict(states[0])  # every process reads all of them
+
 
 class LinePrompts(Prompts):
     """Prompts of lines, texts or messages, and reward functions, which get the lines' other columns.

@@ -78,8 +78,8 @@ def find_start(recipe: Recipe) -> Start | None:
             )
         path = folder / name_of(step)
     checkpoint.verify(path)
-    _check_recipe(recipe, path)
     start = Start(path, json.loads((path / "training" / "state.json").read_text(encoding="utf-8")))
+    _check_recipe(recipe, path, start.state["world_size"])
     if recipe.train.num_train_epochs is None and start.step > recipe.train.max_steps:
         raise ToolkitError(
             f"train.max_steps must be >= {start.step}, the step of {path}, got {recipe.train.max_steps}."
@@ -87,9 +87,11 @@ def find_start(recipe: Recipe) -> Start | None:
     return start
 
 
-def _check_recipe(recipe: Recipe, path: Path) -> None:
+def _check_recipe(recipe: Recipe, path: Path, processes: int) -> None:
     saved = validate(yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")))
     old, new = _flat(saved.model_dump()), _flat(recipe.model_dump())
+    if old["data.streams"] is None and new["data.streams"] == processes:
+        old["data.streams"] = processes  # which null is
     for field in [*new, *(field for field in old if field not in new)]:
         if old.get(field) != new.get(field) and not ({field, field.partition(".")[0]} & _FREE):
             raise ToolkitError(
@@ -143,13 +145,8 @@ def prepare_folder(recipe: Recipe, start: Start | None) -> list[str]:
     return dropped
 
 
-def check_start(start: Start, objective: "Objective[Any]", processes: int) -> None:
-    """Raise ToolkitError for a checkpoint of another number of processes, or of other data."""
-    before = start.state["world_size"]
-    if before != processes:
-        raise ToolkitError(
-            f"{start.checkpoint} was written by {before} processes and cannot be resumed by {processes}."
-        )
+def check_start(start: Start, objective: "Objective[Any]") -> None:
+    """Raise ToolkitError for a checkpoint of other data."""
     if start.state["data_fingerprint"] != objective.fingerprint:
         raise ToolkitError(
             f"{objective.data_changed()} than when {start.checkpoint} was written; resuming needs the same."

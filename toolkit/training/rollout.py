@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from toolkit.config.objective import RolloutSection
@@ -21,6 +22,8 @@ from toolkit.training.tasks.base import imported
 
 BLOCK_SIZE = 16
 C = TypeVar("C", bound=Completion)
+_DELTAS_TO_STOP = 32
+"""After so many deltas the processes of a split model ask each other whether to stop."""
 
 
 class Rollout:
@@ -198,7 +201,7 @@ class Rollout:
         deltas = cast(Generator[Delta, None, None], self.engine.stream(prompts, params))
         sequences, sampled = sum(one.n for one in params), 0
         with closing(deltas), count_shown(sequences, "completions sampled") as done:
-            for delta in deltas:
+            for number, delta in enumerate(deltas):
                 sampled += len(delta.token_ids)
                 half = 2 * sampled >= sequences * self._section.max_completion_length
                 if half or 2 * len(found) >= sequences:
@@ -206,9 +209,15 @@ class Rollout:
                 if delta.finished is not None:
                     found[delta.prompt_index, delta.index] = delta.finished
                     done.update(len(found))
-                if self._context.stop.requested:
+                if self._asked_to_stop(number):
                     break
         return [found[at] for at in sorted(found)]
+
+    def _asked_to_stop(self, number: int) -> bool:
+        """Whether a signal asked to stop: at the same delta in all processes where the model is split over them."""
+        if not self._context.same_data:
+            return self.stopping
+        return number % _DELTAS_TO_STOP == 0 and bool(self._context.reduce_max(int(self.stopping)))
 
     def close(self) -> None:
         """Free the engine's memory; a later call makes another one."""
@@ -288,7 +297,7 @@ def eval_completions(
         completions = prompts.roll_out(rollout, [problem for _, problem in mine], token_ids, seeds, 1, temperature)
         if seen is not None and how == "sampled":
             seen([problem for _, problem in mine], completions)
-        judged = prompts.judge([problem for _, problem in mine], completions)
+        judged = context.agreed(partial(prompts.judge, [problem for _, problem in mine], completions))
         values = [value for group in judged.rewards for value in group]
         if prompts.solvable:
             (solved,) = context.reduce_sum([sum(value >= 1.0 for value in values)])

@@ -44,7 +44,7 @@ def write_run(
         "num_tokens": trainer.num_tokens,
         "before_training": trainer.before_training,
         "measures": trainer.measures.state_dict(),
-        "world_size": trainer.accelerator.num_processes,
+        "world_size": trainer.objective.context.world_size,
         "threads": torch.get_num_threads(),
         "data_fingerprint": trainer.objective.fingerprint,
         "scheduler": trainer.scheduler.state_dict(),
@@ -76,18 +76,25 @@ def write_averaged(trainer: "Trainer") -> None:
 def restore_run(trainer: "Trainer", start: Start) -> None:
     """Continue where the checkpoint was written: optimizer, schedule, data and generators of this process."""
     state, folder = start.state, start.checkpoint / "training"
-    rank = trainer.accelerator.process_index
+    rank = trainer.objective.context.rank
     trainer.strategy.load_optimizer(folder / "optimizer.safetensors", state["optimizer"])
     if trainer.averaged is not None:
         trainer.averaged.load(folder)
     trainer.gradients.load_state_dict(state["gradients"])
     trainer.scheduler.load_state_dict(state["scheduler"])
-    trainer.objective.load_state_dict(state["data"][rank])
-    restore_rank(folder, state, rank)
+    before, now = state["world_size"], trainer.objective.context.world_size
+    if before == now:
+        trainer.objective.load_state_dict(state["data"][rank])
+    else:
+        trainer.objective.follow(state["data"])
+    if rank < before:
+        restore_rank(folder, state, rank)
     trainer.step, trainer.seconds, trainer.num_tokens = start.step, state["seconds"], state["num_tokens"]
     trainer.before_training = state["before_training"]
     trainer.measures.load_state_dict(state["measures"])
     trainer.log(f"resumed from {start.checkpoint}")
+    if before != now:
+        trainer.log(f"note: {before} processes wrote it, {now} resume it; a step has the examples of {now}")
     if state["threads"] != torch.get_num_threads():
         trainer.log(
             f"note: {state['threads']} threads wrote it, {torch.get_num_threads()} resume it; bits may differ from "

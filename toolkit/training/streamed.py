@@ -1,11 +1,12 @@
 """Datasets that are read as they are trained on: no index, a shuffle within a buffer, a position that resumes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
+from toolkit.training.division import Division
 from toolkit.training.examples import check_misses
 from toolkit.training.jsonl import Line
 from toolkit.training.rows import open_rows, without_nulls
@@ -84,11 +85,12 @@ class ShuffledStream:
         world_size: int = 1,
     ) -> None:
         self._open, self._trained, self._read, self._seed = open_pass, trained, read, seed
-        self._size, self._rank, self._world_size = buffer_size, rank, world_size
+        self._size, self._division = buffer_size, Division(rank, world_size)
         self._epoch, self._number, self._done = 0, 0, 0
         self._rows = self._open()
         self._before = self._rows.state_dict()
         self._block: list[Line] = []
+        self._left_out = False
         self._filled = False
 
     def _fill(self) -> None:
@@ -106,7 +108,9 @@ class ShuffledStream:
                     break
         salt = f"{self._seed}/{self._epoch}/{self._number}"
         order = sorted(range(len(lines)), key=lambda at: digest(f"{salt}/{at}"))
-        self._block = [lines[at] for at in order][self._rank :: self._world_size]
+        number = [self._epoch, self._number]
+        self._block = self._division.share([lines[at] for at in order], number)
+        self._left_out = bool(lines) and self._division.leaves_out(number)
         self._filled = True
 
     def take(self, count: int) -> list[Any]:
@@ -120,7 +124,7 @@ class ShuffledStream:
                 self._done += 1
                 continue
             self._filled, self._done = False, 0
-            if self._block:
+            if self._block or self._left_out:
                 self._number += 1
                 continue
             if not self._number:
@@ -131,10 +135,18 @@ class ShuffledStream:
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON: where the block begins, and how far it is read."""
         begin = self._before if self._filled else self._rows.state_dict()
-        return {"epoch": self._epoch, "block": self._number, "done": self._done, "rows": begin}
+        before = self._division.state_dict([self._epoch, self._number])
+        return {"epoch": self._epoch, "block": self._number, "done": self._done, "rows": begin, **before}
+
+    def follow(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go to where the streams of another number of processes were."""
+        positions = [[[state["epoch"], state["block"]], state["done"]] for state in states]
+        self.load_state_dict({**states[positions.index(min(positions))], "done": 0})
+        self._division.follow(states, positions)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position of a stream with the same arguments."""
+        self._division.load_state_dict(state)
         self._epoch, self._number, self._done = state["epoch"], state["block"], state["done"]
         self._rows = self._open()
         self._rows.load_state_dict(state["rows"])

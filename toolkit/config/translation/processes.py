@@ -20,11 +20,13 @@ OF_ACCELERATE = {
 
 
 def processes(t: Translation) -> None:
-    """``deepspeed``, ``fsdp``, ``fsdp_config`` and ``accelerate_config`` as ``train.distributed``."""
+    """``deepspeed``, ``fsdp*``, ``tensor_parallel_size`` and ``accelerate_config`` as ``train.distributed``."""
     if t.get("deepspeed") is not None:
         _deepspeed(t)
     elif t.get("fsdp") or t.get("fsdp_config") or t.get("fsdp_version"):
         _fsdp(t)
+    elif t.take("tensor_parallel_size", 1) != 1:
+        t.put_where_valid("train.distributed", {"strategy": "tp"}, "tensor_parallel_size")
     given = t.take("accelerate_config")
     if given is not None and given != "single_gpu":
         name = Path(str(given)).stem

@@ -35,6 +35,7 @@ from toolkit.patching.adapters.find import (
     vocabulary_size,
     without_adapters,
     wraps_parameter,
+    wraps_tokens,
 )
 from toolkit.patching.adapters.follow import AdapterSwitches, adapter_entries, base_modules
 from toolkit.patching.adapters.fuse import FUSED, adapter_report, fuse_adapters, release_adapters
@@ -73,4 +74,5 @@ __all__ = [
     "vocabulary_size",
     "without_adapters",
     "wraps_parameter",
+    "wraps_tokens",
 ]

@@ -91,7 +91,7 @@ def _reason(module: Any, name: str) -> str | None:
     if not hasattr(module, "lora_A"):
         return "trains some rows"
     if not is_fusible(module, name, 1):
-        return "has a variant of LoRA that is not DoRA, biases, or DoRA with dropout in train mode"
+        return "has a variant of LoRA that is not DoRA, biases, or DoRA with dropout in train mode or over ranks"
     if not factors_fit(module, name, module.base_layer.weight.dtype):
         return f"has factors of a narrower dtype than the layer ({module.lora_A[name].weight.dtype})"
     return None

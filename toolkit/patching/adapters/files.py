@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError, first_line
+from toolkit.modules.tensor_parallel import group_of_model
+from toolkit.ops.collectives import group_of, num_ranks, share
 from toolkit.patching.adapters.find import adapter_layers, adapter_parts, is_adapter
 from toolkit.sentences import shown
+from toolkit.whole_shapes import whole_shapes
 
 Parts = list[tuple[Any, str, Any]]
 """(module, attribute of it that is a mapping by adapter, what the mapping has)."""
@@ -40,6 +44,10 @@ def load_adapter(model: nn.Module, name: str, folder: str | Path, kept: Iterable
         ToolkitError: the folder is not read, or is no LoRA of this model. The model is as it was then.
     """
     config, tensors = read_adapter(folder)
+    if config.use_dora and group_of_model(model) is not None:
+        raise ToolkitError(
+            f"adapter {shown(str(folder))} must have use_dora false for a model that is split over ranks, got true."
+        )
     tensors = _without_base(model, tensors, folder)
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 
@@ -110,16 +118,24 @@ def _without_base(model: nn.Module, tensors: dict[str, Tensor], folder: str | Pa
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     for name in [name for name in tensors if "lora_" not in name]:
-        mine = own.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
-        if (
-            mine is None
-            or mine.shape != tensors[name].shape
-            or not torch.equal(mine.cpu().to(tensors[name].dtype), tensors[name])
-        ):
+        path = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        mine, theirs = own.get(path), tensors[name]
+        if mine is not None and list(theirs.shape) == whole_shapes(model).get(path):
+            theirs = _share_of_rank(model, theirs, mine)
+        if mine is None or mine.shape != theirs.shape or not torch.equal(mine.cpu().to(theirs.dtype), theirs):
             raise ToolkitError(
                 f"adapter {shown(str(folder))} must have the model's own weights beside it, got other {name}."
             )
     return {name: tensor for name, tensor in tensors.items() if "lora_" in name}
+
+
+def _share_of_rank(model: nn.Module, whole: Tensor, mine: Tensor) -> Tensor:
+    """This rank's rows of a weight that is split as ``mine`` is; all of one that is not."""
+    group = group_of_model(model)
+    if group is None or mine.shape == whole.shape:
+        return whole
+    rows = share(len(whole), dist.get_rank(group_of(group)), num_ranks(group))
+    return whole[rows]
 
 
 def take_out(model: nn.Module, name: str) -> Parts:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.modules.tensor_parallel import Split, split_of_forward
+from toolkit.ops.collectives import copy_to_ranks, gather_from_ranks, split_to_ranks
 from toolkit.ops.lora_linear import lora_add
 from toolkit.patching.adapters.rows import RowAdapters, no_factors, row_adapters
 from toolkit.state.paged import PagedContext
@@ -63,7 +65,8 @@ def is_fusible(module: Any, name: str, active: int, evaluates: bool = False) -> 
     if name not in getattr(module, "lora_variant", {}):
         return True
     dropped = module.training and not evaluates and not isinstance(module.lora_dropout[name], nn.Identity)
-    return is_dora(module, name) and active == 1 and not dropped
+    split = split_of_forward(module.base_layer) is not None  # a rank has no norms of all rows
+    return is_dora(module, name) and active == 1 and not dropped and not split
 
 
 def is_dora(module: Any, name: str) -> bool:
@@ -114,6 +117,11 @@ def _add(
 ) -> Tensor:
     """``base`` [..., N], the layer's output, with adapters added, in its dtype: the one of all rows, or each row's."""
     dtype = module.lora_A[names[0]].weight.dtype
+    split = split_of_forward(module.base_layer)
+    if split is not None and split.input:
+        x = gather_from_ranks(x, -1, module.base_layer.in_features, split.group)
+    if split is not None and split.output:
+        x = copy_to_ranks(x, split.group)
     dropped = module.lora_dropout[names[0]](x.to(dtype))
     if rows is None:
         every, ids = list(names), torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
@@ -122,9 +130,7 @@ def _add(
     found = dict(zip(names, scales))
     empty = no_factors(x.shape[-1], base.shape[-1], dtype, x.device)
     factors = [
-        (module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
-        if name in found
-        else (*empty, 0.0)
+        (*_factors(module, name, split), float(module.scaling[name])) if name in found else (*empty, 0.0)
         for name in every
     ]
     a, b, scaling = zip(*factors)
@@ -140,6 +146,14 @@ def _add(
         bias=_cast(bias, dtype) if scaled else None,
     )
     return result.to(base.dtype)
+
+
+def _factors(module: Any, name: str, split: Split | None) -> tuple[Tensor, Tensor]:
+    """A [r, K] and B [N, r] of an adapter, which every rank holds whole; of B the rows of what the layer returns."""
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    if split is None or not split.output:
+        return a, b
+    return copy_to_ranks(a, split.group), split_to_ranks(b, 0, split.group)
 
 
 def _cast(row: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -16,6 +16,7 @@ from toolkit.modules.linear import autocast_linear
 from toolkit.modules.tensor_parallel import (
     column_forward,
     gathered_row_forward,
+    group_of_model,
     reduced_row_forward,
     shared_column_forward,
 )
@@ -24,17 +25,17 @@ from toolkit.moe.sharded_parameters import ShardedParameters
 from toolkit.moe.sharding import DISPATCHER
 from toolkit.numerics import Numerics
 from toolkit.ops.collectives import gather_from_ranks, gather_objects, reduce_from_ranks, share
-from toolkit.patching.adapters import inner_model
+from toolkit.patching.adapters import inner_model, without_adapters
 from toolkit.patching.attached import attach, attached, detach
 from toolkit.patching.claim import Undo, replace_forward, undo_all
 from toolkit.patching.instance_forward import InstalledForwards
 from toolkit.patching.record import put_record, record_of
 from toolkit.patching.sharding import check_unsharded, check_unsplit
 from toolkit.patching.tensor_parallel.check import check_equal, difference, look
-from toolkit.patching.tensor_parallel.plan import COLUMN, Plan, plan_of
+from toolkit.patching.tensor_parallel.plan import COLUMN, Plan, check_adapters, plan_of
 from toolkit.whole_shapes import ATTRIBUTE
 
-__all__ = ["TensorParallel", "parallel_of", "tensor_parallel"]
+__all__ = ["TensorParallel", "group_of_model", "parallel_of", "tensor_parallel"]
 
 
 class _Split(NamedTuple):
@@ -52,27 +53,34 @@ class TensorParallel(ShardedParameters):
         self.rank, self.size = dist.get_rank(ranks), dist.get_world_size(ranks)
         self._dispatcher = ReplicatedTokensDispatcher(ranks)
         self._undo: tuple[Undo, ...] = ()
+        with without_adapters(model):
+            self._resolve(model)
         named = {id(parameter): name for name, parameter in model.named_parameters()}
         self._splits: dict[int, _Split] = {}
         parameters: dict[str, nn.Parameter] = {}
-        for parameter, dim in self._split_parameters(model):
+        for parameter, dim in self._split_parameters():
             self._splits[id(parameter)] = _Split(dim, parameter.shape[dim])
             parameters[named[id(parameter)]] = parameter
         super().__init__(parameters)
         self.whole = [p for p in model.parameters() if id(p) not in self._splits]
         self._hooks: list[Any] = []
 
-    def _split_parameters(self, model: nn.Module) -> list[tuple[nn.Parameter, int]]:
-        found = []
-        for path, style in self._plan.linear.items():
-            linear: Any = model.get_submodule(path)
+    def _resolve(self, model: nn.Module) -> None:
+        """Find the modules of the plan: adapters that come later change their paths."""
+        plan = self._plan
+        self._linear: list[tuple[Any, str]] = [(model.get_submodule(path), how) for path, how in plan.linear.items()]
+        self._head: Any = model.get_submodule(plan.head) if plan.head else None
+        self._summed = [model.get_submodule(path) for path in plan.summed]
+
+    def _split_parameters(self) -> list[tuple[nn.Parameter, int]]:
+        found: list[tuple[nn.Parameter, int]] = []
+        for linear, style in self._linear:
             by_rows = style in COLUMN or self._bitwise
             found.append((linear.weight, 0 if by_rows else 1))
             if linear.bias is not None and by_rows:
                 found.append((linear.bias, 0))
-        if self._plan.head and not self._plan.shared_head:
-            head: Any = model.get_submodule(self._plan.head)
-            found += [(one, 0) for one in (head.weight, head.bias) if one is not None]
+        if self._head is not None and not self._plan.shared_head:
+            found += [(one, 0) for one in (self._head.weight, self._head.bias) if one is not None]
         for module, names in self._plan.experts.items():
             found += [(getattr(module, name), 0) for name in names]
         return found
@@ -81,9 +89,8 @@ class TensorParallel(ShardedParameters):
         """Keep this rank's shard of every parameter that is split, and compute with those."""
         for parameter in self.parameters.values():
             parameter.data = self.shard(parameter, parameter.data)
-        model: Any = self._model()
-        for path in self._plan.summed:
-            for parameter in model.get_submodule(path).parameters():
+        for module in self._summed:
+            for parameter in module.parameters():
                 needed = parameter.requires_grad
                 parameter.requires_grad_(True)  # no hook is taken otherwise
                 self._hooks.append(parameter.register_hook(partial(_sum_over, self.ranks.group_name)))
@@ -105,7 +112,8 @@ class TensorParallel(ShardedParameters):
             ToolkitError: for a name that the model does not have, or another shape; nothing is written then.
         """
         model: Any = self._model()
-        own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        with without_adapters(model):
+            own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         for name, value in weights.items():
             if name not in own:
                 raise ToolkitError(f"weights must have tensors of {type(model).__name__} only, got {name}.")
@@ -130,17 +138,16 @@ class TensorParallel(ShardedParameters):
         linear = autocast_linear if self._bitwise else F.linear
         group = self.ranks.group_name
         undo: list[Undo] = []
-        for path, style in self._plan.linear.items():
-            forward = self._forward(style, linear, group)
-            undo.append(replace_forward(model.get_submodule(path), forward)())
-        if self._plan.head:
+        for layer, style in self._linear:
+            undo.append(replace_forward(layer, self._forward(style, linear, group))())
+        if self._head is not None:
             made = shared_column_forward(linear, group) if self._plan.shared_head else None
-            head = model.get_submodule(self._plan.head)
-            undo.append(replace_forward(head, made or column_forward(linear, group, gather_output=True))())
+            undo.append(replace_forward(self._head, made or column_forward(linear, group, gather_output=True))())
         for module in self._plan.experts:
             setattr(module, DISPATCHER, self._dispatcher)
         model.__dict__[_SAVE] = partial(_refuse_to_save, type(model).__name__)
-        own = model.named_parameters(remove_duplicate=False)
+        with without_adapters(model):
+            own = list(model.named_parameters(remove_duplicate=False))
         model.__dict__[ATTRIBUTE] = {name: self.whole_shape(parameter) for name, parameter in own}
         attach(model, _PARALLEL, self)
         self._undo = tuple(undo)
@@ -220,7 +227,8 @@ def tensor_parallel(model: nn.Module, group: dist.ProcessGroup | None = None) ->
     The split model is compared with the whole one: logits, and gradients of norms and routers, of a few random tokens.
 
     Args:
-        model: patched, without adapters, with equal weights on all ranks.
+        model: patched, with equal weights on all ranks. Adapters of layers (LoRA) stay whole on each, and have equal
+            gradients.
         group: of the ranks (gloo on CPUs, NCCL on GPUs); None for all.
 
     Returns:
@@ -244,7 +252,9 @@ def tensor_parallel(model: nn.Module, group: dist.ProcessGroup | None = None) ->
     check_unsplit(model, "tensor parallel")
     size = dist.get_world_size(ranks)
     bitwise = record.report.numerics is Numerics.BITWISE
-    plan = plan_of(model, size)
+    check_adapters(model)
+    with without_adapters(model):
+        plan = plan_of(model, size)
     for module, names in plan.experts.items():
         ReplicatedTokensDispatcher(ranks).owned(len(getattr(module, names[0])))
     check_equal(dict(model.named_parameters()), ranks)

@@ -8,7 +8,7 @@ from torch import nn
 
 from toolkit.errors import ToolkitError
 from toolkit.modules.moe_experts import expert_layers, moe_experts_of
-from toolkit.patching.adapters import adapter_layers
+from toolkit.patching.adapters import wraps_parameter, wraps_tokens
 from toolkit.quantised import QuantisedWeight
 
 COLUMN, ROW = ("colwise", "colwise_gather_output"), ("rowwise", "rowwise_split_input")
@@ -43,8 +43,18 @@ def style_of(path: str, plan: dict[str, str]) -> str | None:
     return plan.get(path) or plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", path))
 
 
+def check_adapters(model: nn.Module) -> None:
+    """Raise ToolkitError for adapters of parameters, and for trained rows of embeddings and heads."""
+    for path, module in model.named_modules():
+        if wraps_parameter(module) or wraps_tokens(module):
+            raise ToolkitError(
+                f"tensor parallel needs adapters of whole layers without chosen rows, got a {type(module).__name__} "
+                f"at {path}."
+            )
+
+
 def plan_of(model: Any, size: int) -> Plan:
-    """The plan of a patched model for ``size`` ranks.
+    """The plan of a patched model for ``size`` ranks; of one with adapters inside ``without_adapters``.
 
     Raises:
         ToolkitError: for a model without a plan, and for what cannot be split so.
@@ -53,9 +63,6 @@ def plan_of(model: Any, size: int) -> Plan:
     given = dict(getattr(model, "tp_plan", None) or {})
     if not given:
         raise ToolkitError(f"tensor parallel needs a model with a plan (tp_plan), got {name}, whose plan is empty.")
-    adapted = next(iter(adapter_layers(model)), None)
-    if adapted is not None:
-        raise ToolkitError(f"tensor parallel needs a model without adapters, got {name} with one; merge it first.")
     found = Plan(experts=expert_layers(model))
     inside_experts = {id(part) for module in found.experts for part in module.modules()}
     output = model.get_output_embeddings()

@@ -24,18 +24,13 @@ POOLING_BODIES = (schemas.AbortRequest, schemas.InitRequest, schemas.StartReques
 """Those of a pooling model."""
 ADAPTER_PATHS = ("/v1/load_lora_adapter", "/load_lora_adapter", "/v1/unload_lora_adapter")
 NO_ADAPTERS = "The served model is a pooling model, which takes no adapters; merge them into its weights."
-SPLIT = "The served model is split over ranks, which takes no adapters; merge them into its weights."
 NO_EXPORT = "The served model is a pooling model, which this server does not export; use toolkit export."
 
 
 def add_routes(generation: Generation) -> None:
     """Add the routes to the application of ``generation``."""
     guarded = _add_common(generation.base)
-    backend = getattr(generation.engine.engine, "backend", None)
-    if getattr(backend, "group", None) is None:
-        add_adapters(generation, guarded)
-    else:
-        generation.base.add_refused(ADAPTER_PATHS, SPLIT, guarded)
+    add_adapters(generation, guarded)
     add_exports(generation, guarded)
     add_props(generation)
 

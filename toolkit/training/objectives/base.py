@@ -34,6 +34,7 @@ TOKENIZER_PROBLEMS = 2000
 
 Metrics = dict[str, Any]
 S = TypeVar("S", bound=ObjectiveSection)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ class RunContext:
         folder: the run's.
         log: prints a line on the main process.
         stop: whether a signal has asked the run to stop.
-        gathered: inside of what it returns this process has the whole model, where that is sharded over processes: all
-            must enter it, and inside they need not do the same.
+        gathered: inside of what it returns this process computes with the whole model, where that is sharded over
+            processes: all must enter it, and inside they need not do the same, unless they have the same data.
         averaged: inside of what it returns the model has the moving average of ``train.ema_decay``.
+        same_data: whether all processes train on the same examples, as one would, each with a part of the model.
     """
 
     recipe: Recipe
@@ -63,6 +65,7 @@ class RunContext:
     stop: StopRequest = field(default_factory=StopRequest)
     gathered: Callable[[], AbstractContextManager[None]] = nullcontext
     averaged: Callable[[], AbstractContextManager[None]] = nullcontext
+    same_data: bool = False
 
     @cached_property
     def details(self) -> StepDetails:
@@ -76,25 +79,57 @@ class RunContext:
 
     @property
     def rank(self) -> int:
-        return int(self.accelerator.process_index)
+        """Of this process among those that have different data."""
+        return 0 if self.same_data else int(self.accelerator.process_index)
 
     @property
     def world_size(self) -> int:
-        return int(self.accelerator.num_processes)
+        """Processes that have different data."""
+        return 1 if self.same_data else int(self.accelerator.num_processes)
+
+    def sum_tensor(self, tensor: "Tensor") -> "Tensor":
+        """The sum over the processes that have different data."""
+        return tensor if self.world_size == 1 else cast("Tensor", self.accelerator.reduce(tensor, "sum"))
 
     def reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """The sum of each number over the processes."""
+        """The sum of each number over the processes that have different data."""
         import torch
 
         given = torch.tensor(list(values), dtype=torch.float64, device=self.device)
-        total: list[float] = cast("Tensor", self.accelerator.reduce(given, "sum")).tolist()
+        total: list[float] = self.sum_tensor(given).tolist()
         return total
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The value, which can be pickled, of each process that has different data, in their order."""
+        from accelerate.utils import gather_object
+
+        return [value] if self.world_size == 1 else list(gather_object([value]))
+
+    def agreed(self, make: "Callable[[], T]") -> "T":
+        """What ``make`` returns; where all processes have the same data, in the first of them, which alone calls it.
+
+        Rewards may be random, and models that learn from different ones would come apart.
+        """
+        if not self.same_data or self.accelerator.num_processes == 1:
+            return make()
+        from accelerate.utils import broadcast_object_list
+
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [make(), None]
+            except ToolkitError as error:
+                found = [None, str(error)]
+        value, problem = broadcast_object_list(found)
+        if problem is not None:
+            raise ToolkitError(problem)
+        return cast("T", value)
+
     def reduce_max(self, value: int) -> int:
-        """The largest of a number over the processes."""
+        """The largest of a number over all processes."""
         import torch
 
-        if self.world_size == 1:
+        if self.accelerator.num_processes == 1:
             return value
         gathered = cast("Tensor", self.accelerator.gather(torch.tensor([value], device=self.device)))
         return int(gathered.max())
@@ -202,6 +237,10 @@ class Objective(ABC, Generic[S]):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken."""
+
+    @abstractmethod
+    def follow(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continue where another number of processes has taken ``state_dict``, in the order of their ranks."""
 
     def write_report(self, folder: Path) -> None:
         """Leave ``data_report`` in the run's folder."""

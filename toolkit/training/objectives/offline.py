@@ -278,3 +278,6 @@ class OfflineObjective(Objective[O]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
+
+    def follow(self, states: Sequence[dict[str, Any]]) -> None:
+        self.stream.follow(states)

@@ -129,7 +129,7 @@ class OnPolicyObjective(Objective[P]):
 
     def count(self, problems: Sequence[Any], completions: Sequence[Sequence["Completion"]]) -> Judged:
         """What judges the completions of each problem says of them, which enters the step's metrics."""
-        judged = self.prompts.judge(problems, completions)
+        judged = self.context.agreed(lambda: self.prompts.judge(problems, completions))
         rewards = judged.rewards
         for name, given in judged.by_function.items():
             known = [value for value in given if not math.isnan(value)]
@@ -237,12 +237,10 @@ class OnPolicyObjective(Objective[P]):
 
         What they failed for is printed, the first time in any process.
         """
-        from accelerate.utils import gather_object
-
         if self.prompts.functions is None and self.prompts.environment is None:
             return {}
         values: dict[str, list[float]] = {}
-        for logged, failed in gather_object([(self.prompts.take_logged(), self._failed)]):
+        for logged, failed in self.context.gather_objects((self.prompts.take_logged(), self._failed)):
             for name, given in logged.items():
                 values.setdefault(name, []).extend(given)
             for metric, first in failed.items():
@@ -279,6 +277,9 @@ class OnPolicyObjective(Objective[P]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
+
+    def follow(self, states: Sequence[dict[str, Any]]) -> None:
+        self.stream.follow(states)
 
     def close(self) -> None:
         self.rollout.close()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from toolkit.config import Recipe
 from toolkit.config.objective import ObjectiveSection
+from toolkit.errors import ToolkitError
 from toolkit.training import corpus
 from toolkit.training.data import PackedStream, encode
 from toolkit.training.objectives.base import Metrics, Objective, RunContext, divided
@@ -106,6 +107,16 @@ class Pretrain(Objective[PretrainSection]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for stream, position in zip(self.streams, state["streams"], strict=True):
             stream.load_state_dict(position)
+
+    def follow(self, states: Sequence[dict[str, Any]]) -> None:
+        positions = [position for state in states for position in state["streams"]]
+        mine, processes = len(self.streams), self.context.world_size
+        if len(positions) != mine * processes:
+            raise ToolkitError(
+                f"data.streams must be {len(positions)} to resume with {processes} processes what {len(states)} have "
+                f"written, got {self.recipe.data.streams or 'null'}."
+            )
+        self.load_state_dict({"streams": positions[self.context.rank * mine :][:mine]})
 
     def held_out_texts(self) -> list[str]:
         """The held-out documents that ``evaluate.max_bytes`` allows."""

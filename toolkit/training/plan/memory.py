@@ -79,10 +79,13 @@ def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes, processes: 
         state = math.ceil(tokens / 16) * 16 * sizes.state * dtype.itemsize
     gradient = 8 if recipe.model.dtype == "float64" else 4
     strategy = train.distributed.strategy
-    shares_weights = strategy in ("fsdp2", "zero3") and processes > 1
-    of_weights = processes if shares_weights else 1
-    of_gradients = processes if strategy in ("fsdp2", "zero2", "zero3") else 1
-    of_optimizer = processes if train.distributed.shards else 1
+    shares_weights = strategy in ("fsdp2", "zero3", "tp") and processes > 1
+    shares_gradients = shares_weights or (strategy == "zero2" and processes > 1)
+    part = _part(model, processes) if strategy == "tp" else 1 / processes
+    of_weights, of_gradients = (part if shared else 1.0 for shared in (shares_weights, shares_gradients))
+    of_optimizer = part if train.distributed.shards else 1.0
+    if strategy == "tp" and recipe.model.lora is not None:  # adapters are whole
+        of_gradients = of_optimizer = 1.0
     shard = f" of {processes} processes" if processes > 1 and train.distributed.shards else ""
     optimizer = _optimizer(recipe, model, trained)
     own = weights
@@ -94,8 +97,8 @@ def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes, processes: 
         "weights": recipe.forward_dtype
         + (f", a shard{shard}" if shares_weights else "")
         + (", with a reference" if weighted else ""),
-        "gathered": "all weights, in rollouts, evaluation and to save",
-        "gradients": f"of {count / 1e6:.3f} M parameters" + (f", a shard{shard}" if of_gradients > 1 else ""),
+        "gathered": "all weights, to save" if strategy == "tp" else "all weights, in rollouts, evaluation and to save",
+        "gradients": f"of {count / 1e6:.3f} M parameters" + (f", a shard{shard}" if shares_gradients else ""),
         "optimizer": recipe.optimizer.optim
         + (", with float32 weights" if _has_masters(recipe) else "")
         + (f", a shard{shard}" if shard else ""),
@@ -103,14 +106,23 @@ def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes, processes: 
         "state": "of the engine, at most",
     }
     return Footprint(
-        weights=own // of_weights + (weights if weighted else 0),
+        weights=int(own * of_weights) + (weights if weighted else 0),
         gathered=weights if shares_weights else 0,
-        gradients=count * gradient // of_gradients,
-        optimizer=optimizer // of_optimizer,
+        gradients=int(count * gradient * of_gradients),
+        optimizer=int(optimizer * of_optimizer),
         activations=train.batch_tokens * (sizes.saved + 2 * sizes.hidden) * dtype.itemsize,
-        state=state,
+        state=state // processes if strategy == "tp" else state,
         about=about,
     )
+
+
+def _part(model: "nn.Module", processes: int) -> float:
+    """The part of the parameters that a process of tensor parallel holds: embeddings and vectors are whole in each."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    whole = {id(one): one.numel() for module in embeddings for one in module.parameters()}
+    whole |= {id(one): one.numel() for one in model.parameters() if one.dim() < 2}
+    share = sum(whole.values()) / max(sum(one.numel() for one in model.parameters()), 1)
+    return share + (1.0 - share) / processes
 
 
 def _weights(recipe: Recipe, model: "nn.Module") -> int:

@@ -3,6 +3,7 @@
 ``base``  each process has all of it: plain data parallel, expert parallel
 ``fsdp2`` torch's ``fully_shard``
 ``zero``  DeepSpeed's ZeRO-1, 2 and 3
+``tensor_parallel``  transformers' ``tp_plan``
 """
 
 from typing import TYPE_CHECKING
@@ -26,6 +27,10 @@ def make_strategy(recipe: "Recipe", accelerator: "Accelerator") -> Strategy:
         from toolkit.training.strategies.zero import Zero
 
         return Zero(recipe, accelerator)
+    if distributed.same_data:
+        from toolkit.training.strategies.tensor_parallel import SplitModel
+
+        return SplitModel(recipe, accelerator)
     from toolkit.training.strategies.fsdp2 import FSDP2
 
     return FSDP2(recipe, accelerator)

@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.config import Recipe
 from toolkit.errors import ToolkitError
-from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
+from toolkit.moe.sharded_parameters import ShardedParameters
+from toolkit.moe.sharding import expert_groups, shard_experts
 from toolkit.patching import expert_layers
 from toolkit.training.model import RaggedModel
 from toolkit.training.optimizers import make_optimizer
 from toolkit.training.precision import GradientStep, Masters
 from toolkit.training.state import OptimizerState, load_optimizer, optimizer_state
+from toolkit.training.strategies import shards
 
 
 class Strategy:
@@ -40,7 +42,7 @@ class Strategy:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
         self.recipe, self.accelerator = recipe, accelerator
-        self._sharded: ShardedExperts | None = None
+        self._sharded: ShardedParameters | None = None
         self._inside = False
 
     def wrap(self, ragged: RaggedModel, masters: Masters | None) -> None:
@@ -68,13 +70,33 @@ class Strategy:
             return
         group, replicas = expert_groups(section.size)
         layers = expert_layers(ragged)
-        self._sharded = sharded = shard_experts(ragged, layers, group, chunks=section.chunks, replicas=replicas)
-        for parameter in sharded.parameters.values():
+        self._sharded = shard_experts(ragged, layers, group, chunks=section.chunks, replicas=replicas)
+        self._shard_masters(masters)
+
+    def _shard_masters(self, masters: Masters | None) -> None:
+        assert self._sharded is not None
+        for parameter in self._sharded.parameters.values():
             if masters is not None and parameter in masters:
-                masters[parameter] = sharded.shard(parameter, masters[parameter])
+                masters[parameter] = self._sharded.shard(parameter, masters[parameter])
+
+    def whole_of(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """The whole of what has a parameter's layout. Where that is sharded, all processes must call this."""
+        if self._sharded is not None and self._sharded.holds(parameter):
+            return self._sharded.gather(parameter, value)
+        return shards.whole_of(value)
+
+    def shard_like(self, parameter: nn.Parameter, whole: Tensor, like: Tensor) -> Tensor:
+        """What this process keeps of the whole of ``like``, which has a parameter's layout; a copy."""
+        if self._sharded is not None and self._sharded.holds(parameter):
+            return self._sharded.shard(parameter, whole).to(like.device)
+        return shards.shard_like(whole, like)
+
+    def inference(self) -> AbstractContextManager[None]:
+        """Inside, every process computes with the whole model: for rollouts and evaluation. Otherwise as ``whole``."""
+        return self.whole()
 
     def whole(self) -> AbstractContextManager[None]:
-        """Inside, every process has the whole model, as after an optimizer step: for rollouts, evaluation and export.
+        """Inside, every process has the whole model, as after an optimizer step: for saving and export.
 
         All processes must enter it; inside, they need not do the same. Writes to parameters inside are lost where they
         are sharded. Within another one it does nothing.

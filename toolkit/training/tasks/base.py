@@ -3,7 +3,7 @@
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from toolkit.errors import ToolkitError, first_line
 from toolkit.registry import Registry
 from toolkit.training.corpus import digest
+from toolkit.training.division import Division
 
 CHUNK = 256
 _LARGEST = 3.4e38
@@ -145,14 +146,14 @@ class ProblemStream:
         self, task: Task, seed: int, val_set_size: float, *, held_out: bool = False, rank: int = 0, world_size: int = 1
     ) -> None:
         self._task, self._seed, self._held_out = task, seed, held_out
-        self._threshold, self._rank, self._world_size = int(val_set_size * 2**64), rank, world_size
+        self._threshold, self._division = int(val_set_size * 2**64), Division(rank, world_size)
         self._chunk, self._done = 0, 0
         self._left: Iterator[Problem] | None = None
 
     def _problems(self) -> Iterator[Problem]:
         made = self._task.make(digest(f"{self._seed}/{self._held_out}/{self._chunk}"), CHUNK)
         side = [problem for problem in made if (digest(problem.key) < self._threshold) == self._held_out]
-        return iter(side[self._rank :: self._world_size])
+        return iter(self._division.share(side, self._chunk))
 
     def take(self, count: int) -> list[Problem]:
         """The next ``count`` problems."""
@@ -170,12 +171,18 @@ class ProblemStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON."""
-        return {"chunk": self._chunk, "done": self._done}
+        return {"chunk": self._chunk, "done": self._done, **self._division.state_dict(self._chunk)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position of a stream with the same arguments."""
+        self._division.load_state_dict(state)
         self._chunk, self._done, self._left = state["chunk"], 0, None
         self.take(state["done"])
+
+    def follow(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go to where the streams of another number of processes were."""
+        self._division.follow(states, [[state["chunk"], state["done"]] for state in states])
+        self._chunk, self._done, self._left = min(state["chunk"] for state in states), 0, None
 
 
 def _shown(value: Any) -> str:
