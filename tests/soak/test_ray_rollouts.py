@@ -70,7 +70,7 @@ def test_a_recipe_trains_to_the_same_weights_as_with_the_engine_in_its_process(p
 
 def test_one_function_serves_trl_and_recipes(python, tmp_path):
     found = run(python, "functions", tmp_path)
-    assert set(found["mismatch"]) == {0}  # log-probabilities of the actors are those of the training forward
+    assert max(found["mismatch"]) < 1e-10  # of sampling, which TRL asks for: they may differ in the last bit
     assert found["resumed"]
     assert found["steps"] == 2
 

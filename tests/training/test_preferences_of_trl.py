@@ -22,11 +22,10 @@ DPO: list[dict[str, Any]] = [
     {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.3], "sft_weight": 0.5},
     {"loss_type": "sigmoid", "ld_alpha": 0.4},
     {"loss_type": "ipo", "ld_alpha": 0.0},
-    *(
-        {"loss_type": name, "f_divergence_type": kind}
-        for name in ("sigmoid", "ipo")
-        for kind in ("forward_kl", "js_divergence", "alpha_divergence")
-    ),
+    *({"loss_type": "sigmoid", "f_divergence_type": kind} for kind in ("forward_kl", "alpha_divergence")),
+    {"loss_type": "ipo", "f_divergence_type": "js_divergence"},
+    {"loss_type": "sigmoid_norm", "f_divergence_type": "forward_kl"},
+    {"loss_type": "hinge", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.9},
     {"loss_type": "discopop", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.8},
 ]
 CPO: list[dict[str, Any]] = [

@@ -165,7 +165,7 @@ def functions() -> Any:
     lines = read_metrics(whole.folder / "metrics.jsonl")
     again = weights(resumed(recipe.model_copy(update={"run_name": "again"})))
     found: dict[str, Any] = {
-        "mismatch": [line["mismatch_bits"] for line in lines],
+        "mismatch": [line["mismatch_kl"] for line in lines],
         "resumed": all(torch.equal(one, again[name]) for name, one in weights(whole).items()),
     }
     trainer = GRPOTrainer(
