@@ -164,12 +164,13 @@ def run(engine, plan, between=lambda call: None):
             one = plan[len(of_id)]
             of_id[engine.submit(one.prompt, one.params)] = len(of_id)
         between(call)
-        for delta in engine.step():
-            at = of_id[delta.request_id]
-            found[at].add(delta)
-            wanted = plan[at].cancel
-            if wanted is not None and sum(map(len, found[at].tokens.values())) >= wanted:
-                engine.cancel(delta.request_id)
+        for deltas in (engine.take_deltas, engine.step):  # whoever synchronises has a step's before the next one runs
+            for delta in deltas():
+                at = of_id[delta.request_id]
+                found[at].add(delta)
+                wanted = plan[at].cancel
+                if wanted is not None and sum(map(len, found[at].tokens.values())) >= wanted:
+                    engine.cancel(delta.request_id)
         call += 1
     return found
 

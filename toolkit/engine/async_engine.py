@@ -238,20 +238,8 @@ class AsyncEngine(Gated):
             self.start()
         return done.result()
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """No step runs inside, and none is in flight: see ``Gated.pause``."""
-        with self._gate.pause():
-            self._synchronize()
-            yield
-
-    def pause_generation(self) -> None:
-        """Run no step until ``resume_generation``, with none in flight: see ``Gated.pause_generation``."""
-        self._gate.hold()
-        self._synchronize()
-
-    def _synchronize(self) -> None:
-        """Wait until no step is in flight. Without ``async_scheduling`` none ever is."""
+    def synchronize(self) -> None:
+        """See ``Gated``. Without ``async_scheduling`` no step ever is in flight."""
         if threading.current_thread() is self._thread:
             self.engine.synchronize()
         elif self.engine.runs_ahead and self.is_running:
@@ -263,9 +251,11 @@ class AsyncEngine(Gated):
     def step_within(self) -> None:
         """Run a step inside a function of ``call``, where one may run. Commands wait until the function has ended."""
         if not self.engine.is_sleeping and self._gate.enter():
-            deltas = self._step()
-            self.engine.synchronize()  # what runs beside the function has ended when this returns
-            self._deliver(deltas + self.engine.take_deltas())
+            ahead, self.engine.runs_ahead = self.engine.runs_ahead, False  # the function waits for one step
+            try:
+                self._deliver(self._step())
+            finally:
+                self.engine.runs_ahead = ahead
 
     def _run(self) -> None:
         pending: deque[Callable[[], object]] = deque()

@@ -132,8 +132,7 @@ class Engine:
         encode: Any = getattr(self.backend, "encode", None)  # never called for a backend that takes no pictures
         self.encoder_cache = EncoderCache(encode, encoder_cache_size)
         split = getattr(self.backend, "group", None) is not None  # other ranks make each call's step, and no other
-        ahead = self.backend.device.type == "cuda" if async_scheduling is None else async_scheduling
-        self.runs_ahead = ahead = ahead and not split
+        ahead = not split and (self.backend.device.type == "cuda" if async_scheduling is None else async_scheduling)
         self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len, ahead)
         self.speculation = new_speculation(self.config, self.backend, self.pool, running, self.max_model_len)
         self.adapters = new_adapters(self.backend, self.scheduler, self.config)
@@ -206,7 +205,8 @@ class Engine:
 
     def take_deltas(self) -> list[Delta]:
         """Deltas of what has ended between steps: it was cancelled, or ran out of time. ``step`` returns them too."""
-        self._end_expired()
+        self.requests.end_expired()
+        self._steps.drop_ended()
         return self.requests.take()
 
     def synchronize(self) -> None:
@@ -216,6 +216,15 @@ class Engine:
         token to be of the new ones: a step in flight has the weights that it was launched with, and says so.
         """
         self._steps.synchronize()
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether steps may be launched ahead; may be set."""
+        return self._steps.ahead
+
+    @runs_ahead.setter
+    def runs_ahead(self, ahead: bool) -> None:
+        self._steps.ahead = ahead
 
     @property
     def has_work(self) -> bool:
@@ -362,10 +371,6 @@ class Engine:
             message = f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong}."
             self.requests.add(request, None if wrong is None else message)
 
-    def _end_expired(self) -> None:
-        self.requests.end_expired()
-        self._steps.drop_ended()
-
     def _run(self, requests: list[Request]) -> Iterator[Delta]:
         """Step until the requests are finished, yielding their deltas; cancel them if the caller leaves."""
         sink = requests[0].sink if requests else None
@@ -383,7 +388,7 @@ class Engine:
                 self.cancel(request.request_id)
 
     def _advance(self) -> None:
-        self._end_expired()
+        self.requests.end_expired()
         if not (self.is_closed or self.is_sleeping):
             self._steps.run(self._bring_weights)
 

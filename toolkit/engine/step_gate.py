@@ -90,13 +90,24 @@ class Gated(ABC):
     def call(self, function: Callable[[], Result]) -> Result:
         """What ``function`` returns on the thread, between two steps. Waits for it."""
 
-    def pause(self) -> contextlib.AbstractContextManager[None]:
-        """No step runs inside, so that weights may be written. Several threads pause one after the other."""
-        return self._gate.pause()
+    def synchronize(self) -> None:
+        """Wait until no step is in flight: one that was launched and whose results are not delivered."""
+        return
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """No step runs inside, and none is in flight, so that weights may be written.
+
+        Several threads pause one after the other.
+        """
+        with self._gate.pause():
+            self.synchronize()
+            yield
 
     def pause_generation(self) -> None:
         """Run no step until ``resume_generation``. Requests keep what they have, and new ones wait."""
         self._gate.hold()
+        self.synchronize()
 
     def resume_generation(self) -> None:
         """Continue after ``pause_generation``."""

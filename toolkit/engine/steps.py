@@ -30,6 +30,7 @@ class Steps:
         raises: whether what fails is raised too, once its requests have ended.
 
     Attributes:
+        ahead: as given; may be set.
         count: steps so far; of those in flight none.
         num_tokens: that they have added.
     """
@@ -44,7 +45,7 @@ class Steps:
     ) -> None:
         self._decoding, self._requests, self._encoder_cache = decoding, requests, encoder_cache
         self._scheduler, self._speculation = decoding.scheduler, decoding.speculation
-        self._ahead, self._raises = ahead, raises
+        self.ahead, self._raises = ahead, raises
         self._in_flight: Step | None = None
         self.count = self.num_tokens = 0
 
@@ -154,7 +155,7 @@ class Steps:
         Returns:
             Of each sequence the row of ``step`` that samples its next token. None of them: the step may not.
         """
-        if not self._ahead or self._speculation is not None or step.sampled is None or step.forked:
+        if not self.ahead or self._speculation is not None or step.sampled is None or step.forked:
             return []
         live, scheduler = step.live, self._scheduler
         if len(live) != len(scheduler.running) or any(one.request.needs_tokens for _, one in live):
