@@ -21,7 +21,7 @@ class Queue:
             self.done += 1
 
 
-class Memory:
+class LateTensor:
     """A tensor to which others are copied at once, or by the queue."""
 
     def __init__(self, queue, count):
@@ -53,14 +53,14 @@ def queue(monkeypatch):
             found.until(self.count)
 
     cuda = SimpleNamespace(Event=Event, current_stream=lambda device: None)
-    empty = lambda shape, dtype, pin_memory: Memory(found, shape[0])  # noqa: E731
+    empty = lambda shape, dtype, pin_memory: LateTensor(found, shape[0])  # noqa: E731
     monkeypatch.setattr(cuda_device, "torch", SimpleNamespace(cuda=cuda, empty=empty))
     return found
 
 
 def test_the_host_writes_the_next_inputs_while_a_transfer_waits(queue):
     memory, arrived = torch.zeros(3), []
-    staging, target = Staging(memory), Memory(queue, 3)
+    staging, target = Staging(memory), LateTensor(queue, 3)
     for step in range(12):
         memory.fill_(step)
         staging.upload(memory, target)
