@@ -55,18 +55,27 @@ def steps(model: Any, batch: int, repeats: int) -> dict[str, list[float]]:
     return timed_steps(engines, batch, repeats)
 
 
-def new_engine(model: Any, batch: int, repeats: int) -> toolkit.Engine:
+def new_engine(model: Any, batch: int, repeats: int, prompt: int = 64) -> toolkit.Engine:
     """An engine with room for what ``timed_steps`` runs."""
-    return toolkit.Engine(model, max_num_seqs=batch, max_model_len=256 + 8 * repeats)
+    return toolkit.Engine(model, max_num_seqs=batch, max_model_len=192 + prompt + 8 * repeats)
 
 
-def timed_steps(engines: Mapping[str, toolkit.Engine], batch: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of decode steps of ``batch`` sequences in each engine, in turns; the engines are closed."""
+def timed_steps(
+    engines: Mapping[str, toolkit.Engine], batch: int, repeats: int, prompt: int = 64
+) -> dict[str, list[float]]:
+    """Seconds of decode steps of ``batch`` sequences in each engine, in turns; the engines are closed.
+
+    Args:
+        engines: by side, of ``new_engine``.
+        batch: sequences.
+        repeats: turns of each engine, ``STEPS`` each.
+        prompt: tokens before the first step.
+    """
     for engine in engines.values():
         params = toolkit.SamplingParams(max_tokens=128 + 8 * repeats, temperature=0.0, ignore_eos=True)
         for at in range(batch):
-            engine.submit([3 + at % 7] * 64, params)
-        for _ in range(4 + batch * 64 // 2048):  # the prompts, and the capture
+            engine.submit([3 + at % 7] * prompt, params)
+        for _ in range(4 + batch * prompt // 2048):  # the prompts, and the capture
             engine.step()
     seconds: dict[str, list[float]] = {side: [] for side in engines}
     for side in turns(engines, repeats):

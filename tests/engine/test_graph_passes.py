@@ -158,3 +158,26 @@ def test_passes_leave_decode_steps_bitwise_identical(family, monkeypatch):
         assert plain.token_ids == short.token_ids
         assert plain.logprobs == short.logprobs
     assert counts[1] < 0.9 * counts[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_steps_over_pages_of_eight_bits_are_captured_and_as_short(family, monkeypatch):
+    counts, results, fused = {}, [], set()
+    params = toolkit.SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    for kept in ("auto", "int8"):
+        for change in (lambda graph: graph, optimize):
+            model = random_model(family)
+
+            def counting(graph, change=change, kept=kept):
+                counts[kept, change is optimize] = len(before_sampling(change(graph)))
+                fused.update(str(node.op) for node in graph.nodes)
+                return graph
+
+            monkeypatch.setattr(decode_graphs, "optimize", counting)
+            with toolkit.Engine(model, max_num_seqs=4, max_model_len=64, kv_cache_dtype=kept) as engine:
+                results.append(engine.generate([[5, 6, 7], [9, 8], list(range(40, 70))], params))
+    assert counts["int8", True] == counts["auto", True] < counts["int8", False]
+    assert {"toolkit.rotary_write_int8.default", "toolkit.attention_int8.default"} <= fused
+    for plain, short in zip(*results[2:]):
+        assert plain.logprobs == short.logprobs
+    assert results[0][0].logprobs != results[2][0].logprobs

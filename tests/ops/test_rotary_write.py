@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.helpers.implementations import TRITON, impl_and_dtype
+from toolkit.ops.int8_rows import int8_codes
 from toolkit.ops.registry import has_native
 from toolkit.ops.rms_norm import rms_norm
 from toolkit.ops.rotary import rotary, rotary_tables
-from toolkit.ops.rotary_write import rotary_write
+from toolkit.ops.rotary_write import rotary_write, rotary_write_int8
 from toolkit.ops.state_write import state_write
 
 IMPLS = [
@@ -85,6 +86,28 @@ def test_bits_are_those_of_the_ops_one_after_the_other(impl, dtype, normed):
             assert same(ours[1], theirs[1])
 
 
+@impl_and_dtype()
+@pytest.mark.parametrize("normed", ["", "weights"])
+def test_pools_of_eight_bits_hold_the_codes_of_the_same_rows(impl, dtype, normed):
+    for at, (tokens, heads, kv_heads, width, value_width, rotated) in enumerate(SIZES[:2] if impl is TRITON else SIZES):
+        arguments, slots = problem(tokens, heads, kv_heads, width, value_width, rotated, dtype, normed, seed=10 * at)
+        theirs = pools(tokens, kv_heads, width, value_width, dtype)
+        expected = rotary_write(*arguments, False, *theirs, slots, impl=impl.option)
+        ours = [
+            torch.full((3 * tokens, kv_heads, size), 99, dtype=kind)
+            for value in (width, value_width)
+            for size, kind in ((value, torch.int8), (1, torch.float32))
+        ]
+        found = rotary_write_int8(*arguments, False, *ours, slots, impl=impl.option)
+        assert torch.equal(found, expected)
+        written = slots[slots >= 0]
+        others = [slot for slot in range(3 * tokens) if slot not in written.tolist()]
+        for codes, scales, rows in ((*ours[:2], theirs[0]), (*ours[2:], theirs[1])):
+            for pool, part in zip((codes, scales), int8_codes(rows[written]), strict=True):
+                assert torch.equal(pool[written], part)
+                assert (pool[others] == 99).all()
+
+
 def test_float32_agrees_with_float64(impl):
     arguments, slots = problem(3, 4, 2, 32, 32, 32, torch.float64, "weights")
     narrow = [x.float() if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -149,3 +172,5 @@ def test_operator_registration():
     arguments, slots = problem(4, 2, 1, 16, 16, 16, torch.float32, "weights")
     pooled = [torch.zeros(12, 1, 16) for _ in range(2)]
     torch.library.opcheck(torch.ops.toolkit.rotary_write.default, (*arguments, False, *pooled, slots))
+    codes = [torch.zeros(12, 1, size, dtype=kind) for size, kind in ((16, torch.int8), (1, torch.float32)) * 2]
+    torch.library.opcheck(torch.ops.toolkit.rotary_write_int8.default, (*arguments, False, *codes, slots))

@@ -15,11 +15,15 @@ from torch._ops import OpOverload
 
 import toolkit.ops.linear  # noqa: F401  (registers toolkit::linear)
 from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.ops.dispatch_plan import DispatchPlan
+from toolkit.ops.experts import is_gated
+from toolkit.ops.quantised_experts import CodedWeight, quantised_experts
 from toolkit.ops.quantised_linear import PANEL, dequantise, dequantise_rows, find, quantised_linear
 from toolkit.ops.registry import has_native
 
 _ATEN, _OURS = torch.ops.aten, torch.ops.toolkit
 _LINEAR = {F.linear, _OURS.linear.default, _OURS.linear}
+_EXPERTS = {_OURS.experts.default, _OURS.experts}
 
 
 class QuantisedWeight(Tensor):
@@ -153,6 +157,8 @@ class QuantisedWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _LINEAR and (found := _linear(*args, **kwargs)) is not None:
                 return found
+            if func in _EXPERTS and (both := _experts(*args, **kwargs)) is not None:
+                return both
             if func is F.embedding and (found := _embedding(*args, **kwargs)) is not None:
                 return found
             if func == Tensor.__setitem__ and isinstance(args[0], QuantisedWeight):
@@ -216,6 +222,26 @@ def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor | Non
         found: Tensor = _OURS.linear(input, weight, bias)
         return found
     return quantised_linear(input, weight.codes, weight.scales, bias, weight.format, weight.shape[0])
+
+
+def _experts(
+    x: Tensor, topk_weights: Tensor, up: Any, up_bias: Tensor | None, down: Any, down_bias: Tensor | None,
+    order: Tensor, rows: Tensor, offsets: Tensor, tiles: Tensor,
+    activation: str, score_position: str, transposed: bool, interleaved: bool,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """``experts`` by the codes of its weights; None for a call that dequantises."""
+    if not isinstance(up, QuantisedWeight) or not isinstance(down, QuantisedWeight) or transposed:
+        return None
+    if x.device.type == "cpu" and has_native("experts") and not has_native("quantised_experts"):
+        return None
+    if torch.is_grad_enabled() and (up.requires_grad or down.requires_grad):
+        return None  # the dense op on what they dequantise to, whose gradients they have
+    first, second = (CodedWeight(one.codes, one.scales, one.format) for one in (up, down))
+    plan, gated = DispatchPlan(order, rows, offsets, tiles), is_gated(up, down, False)
+    return quantised_experts(
+        x, topk_weights, first, second, plan, down.shape[2], gated, activation, up_bias=up_bias, down_bias=down_bias,
+        score_position=score_position, interleaved=interleaved,
+    )  # fmt: skip
 
 
 def _embedding(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention
+from toolkit.ops.attention_int8 import attention_int8
 from toolkit.ops.select_keys import select_keys, selected_rows
 from toolkit.ops.sparse_attention import sparse_attention
 from toolkit.state.batch import RaggedBatch
@@ -31,9 +32,15 @@ class PagedContext(ForwardContext):
         state, view = self._state(layer, "attend")
         assert isinstance(view, PagedRows)
         state.write((k, v), view, batch.query_offsets)
-        keys, values, tables = state.operands(view)
-        plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size, *settings.of_op
-        out, _ = attention(q, keys, values, *plan, None, self.seen_ahead(layer))
+        keys, values, tables, *scales = state.operands(view)
+        blocks = batch.kv_lengths, tables, self.pool.block_size, *settings.of_op
+        if scales:  # of codes
+            of_keys, of_values = scales
+            plan = of_keys, of_values, batch.query_offsets, *blocks, self.seen_ahead(layer)
+            out, _ = attention_int8(q, keys, values, *plan)
+        else:
+            dense = batch.query_offsets, batch.kv_offsets, *blocks, None, self.seen_ahead(layer)
+            out, _ = attention(q, keys, values, *dense)
         return out
 
     def attend_biased(

@@ -1,13 +1,7 @@
 """Keys and values in eight bits: the rounding that pages hold, and that a forward without pages computes too.
 
-Of a row x [D], one token's key or value of one head::
-
-    scale = max |x| / 127            float32
-    code = round(x / scale)          int8, half to even; 0 where scale is 0
-    value = code * scale             in x's dtype
-
-It is computed row by row with exactly rounded operations, so equal rows have equal codes in any batch. The gradient
-goes straight through: that of ``value`` is that of ``x``.
+The row of one token and head is rounded as ``toolkit.ops.int8_rows`` says. The gradient goes straight through: that
+of the rounded value is that of the row.
 """
 
 from typing import Any
@@ -16,11 +10,11 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.ops.int8_rows import int8_codes, int8_values
 
 KV_CACHE_DTYPES = ("auto", "int8")
 """What keys and values are kept as: the model's dtype, or codes of eight bits."""
 AUTO = KV_CACHE_DTYPES[0]
-_TINY = torch.finfo(torch.float32).tiny
 
 
 def checked_kv_dtype(given: str) -> str:
@@ -28,18 +22,6 @@ def checked_kv_dtype(given: str) -> str:
     if given not in KV_CACHE_DTYPES:
         raise ToolkitError(must_be_one_of("kv_cache_dtype", given, KV_CACHE_DTYPES))
     return given
-
-
-def int8_codes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [..., D] in int8 and scales [..., 1] in float32 of rows [..., D] of any floating dtype."""
-    exact = rows.float()
-    scales = exact.abs().amax(-1, keepdim=True) / 127
-    return (exact / scales.clamp_min(_TINY)).round().to(torch.int8), scales
-
-
-def int8_values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows [..., D] in ``dtype`` that ``int8_codes`` stands for."""
-    return (codes * scales).to(dtype)
 
 
 class _Rounded(torch.autograd.Function):

@@ -5,17 +5,24 @@
 """
 
 import torch
+from torch._ops import OpOverload
 
 from toolkit.engine.step.graph import CapturedGraph, Node, Value
 
 # Importing them registers their ops.
 from toolkit.ops import attention as _attention  # noqa: F401
+from toolkit.ops import attention_int8 as _attention_int8  # noqa: F401
 from toolkit.ops import gated_activation as _gated_activation  # noqa: F401
 from toolkit.ops import gated_linear as _gated_linear  # noqa: F401
 from toolkit.ops import rms_norm as _rms_norm  # noqa: F401
 from toolkit.ops import rotary_write as _rotary_write  # noqa: F401
 
 _ATEN, _OURS = torch.ops.aten, torch.ops.toolkit
+# Of an attention over blocks what writes rows there, its arguments (*pool, rows, slots), and the fused op.
+_WRITES = {
+    _OURS.attention.default: (_OURS.state_write.default, _OURS.rotary_write.default),
+    _OURS.attention_int8.default: (_OURS.state_write_int8.default, _OURS.rotary_write_int8.default),
+}
 
 
 class _Links:
@@ -55,7 +62,7 @@ def fuse_rotary_write(graph: CapturedGraph) -> None:
     fused: dict[Node, Node] = {}
     absorbed: set[Node] = set()
     for node in graph.nodes:
-        found = _prepared(node, links, order) if node.op is _OURS.attention.default else None
+        found = _prepared(node, links, order) if node.op in _WRITES else None
         if found is not None:
             fused[node], parts = found
             absorbed.update(parts)
@@ -71,37 +78,39 @@ def fuse_rotary_write(graph: CapturedGraph) -> None:
 def _prepared(attention: Node, links: _Links, order: dict[Node, int]) -> tuple[Node, list[Node]] | None:
     """The fused node of an attention and the nodes that it stands for."""
     q, keys, values = attention.args[:3]
+    write, fused = _WRITES[attention.op]
     rotary_q = links.maker(q, _OURS.rotary.default, attention)
-    write_k, write_v = (_last_write(pool, attention, links, order) for pool in (keys, values))
+    write_k, write_v = (_last_write(pool, write, attention, links, order) for pool in (keys, values))
     if rotary_q is None or write_k is None or write_v is None or write_k is write_v:
         return None
-    rotary_k = links.maker(write_k.args[1], _OURS.rotary.default, write_k)
-    slots = write_k.args[2]
-    if rotary_k is None or slots is not write_v.args[2] or rotary_k.args[1:] != rotary_q.args[1:]:
+    (*pool_k, rows_k, slots), (*pool_v, rows_v, slots_v) = write_k.args, write_v.args
+    rotary_k = links.maker(rows_k, _OURS.rotary.default, write_k)
+    if rotary_k is None or slots is not slots_v or rotary_k.args[1:] != rotary_q.args[1:]:
         return None
-    if len({value.tensor.dtype for value in (q, keys, values, write_k.args[1], write_v.args[1])}) > 1:
+    stored = [q, rows_k, rows_v] + ([keys, values] if len(pool_k) == 1 else [])
+    if len({value.tensor.dtype for value in stored}) > 1:
         return None
     parts = [rotary_q, rotary_k, write_k, write_v]
     query, query_reader = links.before_views(rotary_q.args[0], rotary_q)
     key, key_reader = links.before_views(rotary_k.args[0], rotary_k)
-    value, _ = links.before_views(write_v.args[1], write_v)
+    value, _ = links.before_views(rows_v, write_v)
     norms = [_head_norm(*one, keys, links) for one in ((query, query_reader), (key, key_reader))]
     weights, eps, offset = [None, None], None, 0.0
     if norms[0] is not None and norms[1] is not None and norms[0].args[2:] == norms[1].args[2:]:
         parts += [norms[0], norms[1]]
         weights, (eps, offset) = [norm.args[1] for norm in norms if norm is not None], norms[0].args[2:]
         query, key = (links.before_views(norm.args[0], norm)[0] for norm in norms if norm is not None)
-    arguments = (query, key, value, *weights, eps, offset, *rotary_q.args[1:4], keys, values, slots)
-    return Node(_OURS.rotary_write.default, arguments, {}, rotary_q.result), parts
+    arguments = (query, key, value, *weights, eps, offset, *rotary_q.args[1:4], *pool_k, *pool_v, slots)
+    return Node(fused, arguments, {}, rotary_q.result), parts
 
 
-def _last_write(pool: object, attention: Node, links: _Links, order: dict[Node, int]) -> Node | None:
-    """The write into ``pool`` after which ``attention`` is the next to read it."""
+def _last_write(pool: object, write: OpOverload, attention: Node, links: _Links, order: dict[Node, int]) -> Node | None:
+    """The ``write`` into ``pool`` after which ``attention`` is the next to read it."""
     if not isinstance(pool, Value) or pool.kind != "constant":
         return None
     before = [node for node in links.users[pool] if order[node] < order[attention]]
     last = before[-1] if before else None
-    return last if last is not None and last.op is _OURS.state_write.default and last.args[0] is pool else None
+    return last if last is not None and last.op is write and last.args[0] is pool else None
 
 
 def _head_norm(value: Value, reader: Node, keys: Value, links: _Links) -> Node | None:

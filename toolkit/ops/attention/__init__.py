@@ -10,7 +10,7 @@ from toolkit.errors import ToolkitError
 from toolkit.ops.attention import modifiers, reference
 from toolkit.ops.registry import Op, register_differentiable
 
-__all__ = ["attention", "attention_backward"]
+__all__ = ["attention", "attention_backward", "check_options"]
 
 
 _FORWARD: Op[tuple[Tensor, Tensor]]
@@ -117,13 +117,15 @@ def attention(
     Source: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, FlashAttention (backward).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _check(q, sinks, modifier, parameters, spans)
+    check_options(q, sinks, modifier, parameters, spans)
     plan = query_offsets, kv_offsets, kv_lengths, block_tables, block_size
     options = sinks, modifier, parameters, query_ranges, spans
     return _FORWARD.select(impl)(q, k, v, *plan, scale, window, softcap, *options)
 
 
-def _check(q: Tensor, sinks: Tensor | None, modifier: str, parameters: Tensor | None, spans: Tensor | None) -> None:
+def check_options(
+    q: Tensor, sinks: Tensor | None, modifier: str, parameters: Tensor | None, spans: Tensor | None
+) -> None:
     if modifier or parameters is not None:
         modifiers.check(modifier, parameters, q.shape[1])
     if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != q.shape[1]):
@@ -169,7 +171,7 @@ def attention_backward(
             rows that several sequences share get the sum.
         dsinks: [Hq] in sinks' dtype, empty without sinks.
     """
-    _check(q, sinks, modifier, parameters, spans)
+    check_options(q, sinks, modifier, parameters, spans)
     plan = query_offsets, kv_offsets, kv_lengths
     options = block_tables, block_size, sinks, modifier, parameters, query_ranges, spans
     return _BACKWARD.select(impl)(grad, q, k, v, out, lse, *plan, scale, window, softcap, *options)

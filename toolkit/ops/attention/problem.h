@@ -7,24 +7,33 @@
 #include <algorithm>
 #include <vector>
 
+#include "../int8_rows/row.h"
 #include "storage.h"
 #include "tile.h"
 
 namespace toolkit::attention_op {
 
-// Rows of heads with a contiguous last dimension, as they are stored; arithmetic is in T. Strides in elements.
+// Rows of heads with a contiguous last dimension, as they are stored; arithmetic is in T. Strides in elements. With
+// scales the rows are codes of eight bits (int8_rows/row.h), whose values are rounded to `stored`.
 template <typename T>
 struct Heads {
   void* data;
   int64_t row_stride, head_stride;
   at::ScalarType stored;
+  const float* scales = nullptr;
+  int64_t scale_row_stride = 0, scale_head_stride = 0;
 
-  bool narrow() const { return stored == at::kBFloat16 || stored == at::kHalf; }
+  bool narrow() const { return stored == at::kBFloat16 || stored == at::kHalf || scales != nullptr; }
   int64_t at(int64_t row, int64_t head) const { return row * row_stride + head * head_stride; }
   // Where a row lies; not for `narrow` ones.
   T* in_place(int64_t row, int64_t head) const { return static_cast<T*>(data) + at(row, head); }
   void read(int64_t row, int64_t head, int64_t count, T* to) const {
-    with_stored([&](auto type) { storage::read_row(static_cast<decltype(type)*>(data) + at(row, head), count, to); });
+    with_stored([&](auto type) {
+      using S = decltype(type);
+      if (scales == nullptr) return storage::read_row(static_cast<S*>(data) + at(row, head), count, to);
+      const float scale = scales[row * scale_row_stride + head * scale_head_stride];
+      int8_rows::read_row<S>(static_cast<int8_t*>(data) + at(row, head), scale, count, to);
+    });
   }
   void write(int64_t row, int64_t head, int64_t count, const T* from) const {
     with_stored([&](auto type) { storage::write_row(from, count, static_cast<decltype(type)*>(data) + at(row, head)); });

@@ -190,6 +190,44 @@ TOOLKIT_INLINE Floats rounded(Floats v) {
   return v;
 }
 
+#if defined(CPU_CAPABILITY_AVX2) && !defined(TOOLKIT_AVX512)
+#define TOOLKIT_BYTEWISE
+// All codes of a word at once, as bytes: a look-up of 32 bytes is one instruction, one of eight floats takes three.
+
+// Within each half byte b of word l, lane 4 b + l.
+TOOLKIT_INLINE __m256i by_byte(Words v) {
+  return _mm256_shuffle_epi8((__m256i)v, _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8,
+                                                          12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+}
+
+// table[index] of each lane; 0 where the highest bit of the index is set.
+TOOLKIT_INLINE __m256i lookup_bytes(const uint8_t (&table)[16], __m256i index) {
+  const __m128i low = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(low), index);
+}
+
+// out[b]: the floats of byte b of each word, from the four bytes of each that `by_byte` has in its lane.
+TOOLKIT_INLINE void floats_of_bytes(__m256i first, __m256i second, __m256i third, __m256i fourth, Floats (&out)[4]) {
+  const __m256i low[2] = {_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)};
+  const __m256i high[2] = {_mm256_unpacklo_epi8(third, fourth), _mm256_unpackhi_epi8(third, fourth)};
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    out[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low[i], high[i]));
+    out[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low[i], high[i]));
+  }
+}
+// The same of floats whose lower halves are 0.
+TOOLKIT_INLINE void floats_of_bytes(__m256i third, __m256i fourth, Floats (&out)[4]) {
+  const __m256i none = _mm256_setzero_si256();
+  const __m256i high[2] = {_mm256_unpacklo_epi8(third, fourth), _mm256_unpackhi_epi8(third, fourth)};
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    out[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(none, high[i]));
+    out[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(none, high[i]));
+  }
+}
+#endif
+
 #if defined(TOOLKIT_AVX512)
 // (first, second) of each lane, rounded to bfloat16, to nearest even. Numbers below 2^-126 become 0, as the product of
 // pairs reads them. Written out as in pairs.h: only a processor that has these instructions comes here.

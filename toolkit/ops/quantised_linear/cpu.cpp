@@ -5,51 +5,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#include "dense.h"
 #include "dtypes.h"
-#include "few_rows.h"
-#include "many_rows.h"
-#include "quantised_formats.h"
+#include "variants.h"
 
 namespace toolkit::quantised {
-
-// Rows up to which decoding for every few of them, in registers, costs less than once for all, through memory.
-constexpr int64_t kFewRows = 16;
-
-Stored stored(std::string_view format, const Tensor& codes, at::TensorList scales, int64_t outputs, int64_t inputs) {
-  TORCH_CHECK(outputs >= 0 && inputs >= 0, "quantised_linear: the weight must have sizes >= 0, got [", outputs, ", ",
-              inputs, "].");
-  Stored w{format, outputs, inputs};
-  with_format(format, [&](auto kind) {
-    using Format = decltype(kind);
-    w.take_codes(codes, Format::kBits, Format::kCodes);
-    Format::read(w, scales);
-  });
-  return w;
-}
-
-// body(Format{}) for the variant of the weight's format.
-template <typename Body>
-void with_variant_of(const Stored& w, const Body& body) {
-  with_format(w.format, [&](auto kind) { decltype(kind)::with_variant(w, body); });
-}
-
-Tensor dense(const Stored& w, const Tensor& like, at::ScalarType dtype) {
-  TORCH_CHECK(dtypes::is_float(dtype), "dequantise: dtype must be float32, float64, bfloat16 or float16, got ", dtype, ".");
-  Tensor out = memory::empty({w.outputs, w.inputs}, like.options().dtype(dtype));
-  if (out.numel() == 0) return out;
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (w.inputs * kPanel));
-  with_variant_of(w, [&](auto kind) {
-    dtypes::with_types(dtype, [&](auto, auto store) {
-      using D = decltype(store);
-      D* const to = out.mutable_data_ptr<D>();
-      threads::parallel_for(0, w.panels, grain, [&](int64_t first, int64_t last) {
-        dequantise_panels<decltype(kind), D>(w, first, last, to);
-      });
-    });
-  });
-  return out;
-}
 
 Tensor dequantise(const Tensor& codes, at::TensorList scales, c10::string_view format, int64_t outputs, int64_t inputs,
                   at::ScalarType dtype) {
@@ -128,7 +87,7 @@ Tensor large(const Tensor& x, const Stored& w, const std::optional<Tensor>& bias
     using S = decltype(store);
     if constexpr (std::is_same_v<gemm::Sum<T>, float>) {
       const Rows from = rows_of<T>(x, rows, rows, true);
-      Large<T, S> gemm{w, nullptr, static_cast<const T*>(from.data.const_data_ptr()), from.stride, rows, depth, outputs,
+      Large<T, S> gemm{w, 0, nullptr, static_cast<const T*>(from.data.const_data_ptr()), from.stride, rows, depth, outputs,
                        bias ? shift.const_data_ptr<float>() : nullptr, out.mutable_data_ptr<S>()};
       with_variant_of(w, [&](auto kind) {
         gemm.pack = ToInputs ? &pack_inputs<decltype(kind), T, S> : &pack_outputs<decltype(kind), T, S>;
@@ -160,21 +119,21 @@ std::vector<Tensor> compute(const Tensor& x, std::vector<Member> members) {
   });
   std::vector<Problem> problems;
   std::vector<Tensor> biases;
-  for (auto& member : members) {
+  for (const auto& member : members) {
     auto shape = x.sizes().vec();
     shape.back() = member.weight.outputs;
     outs.push_back(memory::empty(shape, x.options().dtype(at::kFloat)));
     if (member.weight.outputs == 0) continue;
     if (member.bias) biases.push_back(storage::cast(*member.bias, at::kFloat).contiguous());
-    Problem p{std::move(member.weight), flat.const_data_ptr(), rows,
+    Problem p{&member.weight, 0, member.weight.outputs, flat.const_data_ptr(), rows,
               member.bias ? biases.back().const_data_ptr<float>() : nullptr, outs.back().mutable_data_ptr<float>()};
-    with_variant_of(p.weight, [&](auto kind) {
+    with_variant_of(member.weight, [&](auto kind) {
       gemm::with_elements(dtype, [&](auto element, auto store) {
         using T = decltype(element);
         if constexpr (std::is_same_v<gemm::Sum<T>, float>) p.run = &run_units<decltype(kind), T, decltype(store)>;
       });
     });
-    problems.push_back(std::move(p));
+    problems.push_back(p);
   }
   if (!problems.empty()) run(problems);
   for (Tensor& out : outs) out = storage::cast(out, dtype);

@@ -15,6 +15,13 @@ inline void decode(const Stored& w, int64_t panel, int64_t k, int64_t count, flo
     const auto group = Format::group(w, panel, k / w.group, lane);
     for (int64_t at = 0; at < count; at += per_word) {
       const Words words = load_words(w.codes + (panel * w.words + (k + at) / per_word) * kPanel + lane);
+      if constexpr (Bytewise<Format> && !Format::kHasNan) {
+        Floats values[per_word];
+        Format::values(words, group, values);
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < per_word; ++j) Lanes::store(&columns[at + j][lane], values[j]);
+        continue;
+      }
       for_steps<Format, float>([&](auto j) TOOLKIT_LAMBDA {
         Lanes::store(&columns[at + j()][lane], number<Format, j(), true>(words, group));
       });

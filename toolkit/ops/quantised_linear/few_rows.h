@@ -11,14 +11,17 @@ namespace toolkit::quantised {
 
 constexpr int64_t kUnit = 2;  // panels that a task is made of
 
+// Outputs of a weight from those of panel `first` on, and as many of them as rows of `out` have.
 struct Problem {
-  Stored weight;
+  const Stored* weight;
+  int64_t first, outputs;
   const void* x;  // elements (float or Pair) [rows and those of the padding, steps]
   int64_t rows;
   const float* bias;
   float* out;  // [rows, outputs]
-  void (*run)(const Problem&, int64_t first, int64_t last);  // units
-  int64_t units() const { return (weight.panels + kUnit - 1) / kUnit; }
+  void (*run)(const Problem&, int64_t first, int64_t last) = nullptr;  // units
+  int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
+  int64_t units() const { return (panels() + kUnit - 1) / kUnit; }
 };
 
 // Rows that a tile takes at a time: 1, 2, 4 or kTileRows; x is padded with rows to these.
@@ -64,6 +67,17 @@ TOOLKIT_INLINE void elements(const Words (&words)[V], const typename Format::Gro
   }
 }
 
+#ifdef TOOLKIT_BYTEWISE
+// Formats that make numbers of all codes of a word at once.
+template <typename Format>
+concept Bytewise = requires(Words word, const typename Format::Group& group, Floats (&out)[32 / Format::kBits]) {
+  Format::values(word, group, out);
+};
+#else
+template <typename Format>
+concept Bytewise = false;
+#endif
+
 // What a panel of `length` codes asks for at code `at`: those of kAhead words later, of the next P panels at its end, which
 // no processor guesses.
 constexpr int64_t kAhead = 64 * kPanel;
@@ -79,13 +93,13 @@ __attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel
   constexpr int V = P * kParts;
   constexpr int64_t per_word = 32 / Format::kBits, terms = gemm::kTerms<T>;
   constexpr int64_t depth = matmul::kDepth<T>;
-  const Stored& w = p.weight;
+  const Stored& w = *p.weight;
   const int64_t steps = gemm::steps_of<T>(w.inputs), length = w.words * kPanel;
   const T* const x = static_cast<const T*>(p.x) + row * steps;
   const int32_t* codes[P];
   int64_t panels[P];
   for (int i = 0; i < P; ++i) {
-    panels[i] = std::min(panel + i, w.panels - 1);
+    panels[i] = p.first + std::min(panel + i, p.panels() - 1);
     codes[i] = w.codes + panels[i] * length;
   }
   float total[R][V * kLanes];
@@ -113,7 +127,21 @@ __attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel
           if (v % kParts == 0) __builtin_prefetch(codes[v / kParts] + upcoming<P>(at, length));
         }
         if (k + per_word <= end) {
-          for_steps<Format, T>([&](auto j) TOOLKIT_LAMBDA { take(j, words, per_word); });
+          if constexpr (Bytewise<Format>) {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+              Floats values[per_word];
+              Format::values(words[v], groups[v], values);
+#pragma GCC unroll 8
+              for (int j = 0; j < per_word; ++j) {
+                values[j] = rounded<S>(values[j]);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) sum[r][v] = Lanes::fma_with(x + r * steps + k + j, values[j], sum[r][v]);
+              }
+            }
+          } else {
+            for_steps<Format, T>([&](auto j) TOOLKIT_LAMBDA { take(j, words, per_word); });
+          }
         } else {
           for_steps<Format, T>([&](auto j) TOOLKIT_LAMBDA {
             if (k + j() * terms < end) take(j, words, end - k);
@@ -129,9 +157,9 @@ __attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel
         Lanes::store(to, block == 0 ? sum[r][v] : Lanes::load(to) + sum[r][v]);
       }
   }
-  const int64_t n = panel * kPanel, columns = std::min<int64_t>(V * kLanes, w.outputs - n);
+  const int64_t n = panel * kPanel, columns = std::min<int64_t>(V * kLanes, p.outputs - n);
   for (int64_t r = 0; r < std::min<int64_t>(R, p.rows - row); ++r) {
-    float* const to = p.out + (row + r) * w.outputs + n;
+    float* const to = p.out + (row + r) * p.outputs + n;
     for (int64_t c = 0; c < columns; ++c) {
       to[c] = p.bias == nullptr ? total[r][c] : total[r][c] + p.bias[n + c];
       if constexpr (Format::kHasNan)
@@ -150,10 +178,10 @@ TOOLKIT_INLINE void tiles(const Problem& p, int64_t row, int64_t first, int64_t 
 // Panels of units [first, last) for all rows.
 template <typename Format, typename T, typename S>
 void run_units(const Problem& p, int64_t first, int64_t last) {
-  for (int64_t panel = first * kUnit; panel < std::min(last * kUnit, p.weight.panels); panel += kUnit)
+  for (int64_t panel = first * kUnit; panel < std::min(last * kUnit, p.panels()); panel += kUnit)
     for (int64_t row = 0; row < p.rows;) {
       const int64_t height = tile_rows(p.rows - row);
-      const int64_t end = std::min(panel + kUnit, p.weight.panels);
+      const int64_t end = std::min(panel + kUnit, p.panels());
       if (height == 1) tiles<Format, T, S, 1>(p, row, panel, end);
       if (height == 2) tiles<Format, T, S, 2>(p, row, panel, end);
       if (height == 4) tiles<Format, T, S, 4>(p, row, panel, end);
@@ -169,7 +197,7 @@ inline void run(const std::vector<Problem>& problems) {
   int64_t work = 0;
   for (const auto& p : problems) {
     first.push_back(first.back() + p.units());
-    work += matmul::cost(p.rows, p.weight.outputs * p.weight.inputs);
+    work += matmul::cost(p.rows, p.outputs * p.weight->inputs);
   }
   const int64_t workers = work >= matmul::kParallelWork ? at::get_num_threads() : 1, units = first.back();
   const int64_t tasks = std::min(units, std::max(workers * matmul::kTasks, units / matmul::kChunk));

@@ -6,14 +6,15 @@
 
 namespace toolkit::quantised {
 
-// packed[step][column] of outputs [n, n + columns), steps of inputs [first, end); n is the first of a panel. Columns are
-// zero, or those of outputs that do not exist, up to `width`, whole panels.
+// packed[step][column] of outputs [n, n + columns) behind `first_output`, steps of inputs [first, end); both are the first
+// of a panel. Columns are zero, or those of other outputs, up to `width`, whole panels.
 template <typename Format, typename T, typename S>
-void pack_outputs(const Stored& w, int64_t n, int64_t columns, int64_t first, int64_t end, T* packed, int64_t width) {
+void pack_outputs(const Stored& w, int64_t first_output, int64_t n, int64_t columns, int64_t first, int64_t end, T* packed,
+                  int64_t width) {
   constexpr int64_t per_word = 32 / Format::kBits, terms = gemm::kTerms<T>;
   for (int64_t c = 0; c < columns; c += kPanel)
     for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-      const int64_t panel = (n + c) / kPanel;
+      const int64_t panel = (first_output + n + c) / kPanel;
       const int32_t* const codes = w.codes + panel * w.words * kPanel + lane;
       T* const to = packed + c + lane;
       for (int64_t k = first; k < end;) {
@@ -22,6 +23,17 @@ void pack_outputs(const Stored& w, int64_t n, int64_t columns, int64_t first, in
         for (; k < until; k += per_word) {
           const Words words[1] = {load_words(codes + k / per_word * kPanel)};
           const int64_t left = until - k;
+          if constexpr (Bytewise<Format> && !Format::kHasNan)
+            if (left >= per_word) {
+              Floats values[per_word];
+              Format::values(words[0], group[0], values);
+#pragma GCC unroll 8
+              for (int64_t j = 0; j < per_word; ++j) {
+                values[j] = rounded<S>(values[j]);
+                std::memcpy(to + (k - first + j) * width, &values[j], sizeof(Floats));
+              }
+              continue;
+            }
           for_steps<Format, T>([&](auto j) TOOLKIT_LAMBDA {
             Floats value[1];
             if (j() * terms >= left) return;
@@ -33,14 +45,16 @@ void pack_outputs(const Stored& w, int64_t n, int64_t columns, int64_t first, in
     }
 }
 
-// packed[step][column] of inputs [k, k + columns), steps of outputs [first, end); k and first are multiples of kPanel.
+// packed[step][column] of inputs [k, k + columns), steps of outputs [first, end) behind `first_output`; it, k and first are
+// multiples of kPanel.
 template <typename Format, typename T, typename S>
-void pack_inputs(const Stored& w, int64_t k, int64_t columns, int64_t first, int64_t end, T* packed, int64_t width) {
+void pack_inputs(const Stored& w, int64_t first_output, int64_t k, int64_t columns, int64_t first, int64_t end, T* packed,
+                 int64_t width) {
   constexpr int64_t room = (gemm::kPanel<T> + kPanel - 1) / kPanel * kPanel;
   float values[kPanel][room];  // [output][input]
   for (int64_t n = first; n < end; n += kPanel) {
     for (int64_t c = 0; c < columns; c += kPanel)
-      decode<Format>(w, n / kPanel, k + c, std::min(kPanel, columns - c), &values[0][c], room);
+      decode<Format>(w, (first_output + n) / kPanel, k + c, std::min(kPanel, columns - c), &values[0][c], room);
     const int64_t rows = std::min(kPanel, end - n);
     T* to = packed + (n - first) / gemm::kTerms<T> * width;
     if constexpr (gemm::kTerms<T> == 2) {
@@ -57,24 +71,26 @@ void pack_inputs(const Stored& w, int64_t k, int64_t columns, int64_t first, int
   }
 }
 
-// out[m, c] = sum_s x[m, s] q[s, c] + bias[c] for what `pack` makes of the weight.
-template <typename T, typename S>
+// out[m, c] = sum_s x[m, s] q[s, c] + bias[c] for what `pack` makes of the weight, rounded to O.
+template <typename T, typename O>
 struct Large {
   const Stored& weight;
-  void (*pack)(const Stored&, int64_t column, int64_t columns, int64_t first, int64_t end, T* packed, int64_t width);
+  int64_t first;  // output of the weight that is the GEMM's first, of a panel
+  void (*pack)(const Stored&, int64_t first_output, int64_t column, int64_t columns, int64_t first, int64_t end, T* packed,
+               int64_t width);
   const T* x;  // [rows, x_stride] elements
   int64_t x_stride, rows, depth, outputs;
   const float* bias;
-  S* out;  // [rows, outputs]
+  O* out;  // [rows, outputs]
 
   // Panels [first, last) of rows [row, row_end).
-  void run(int64_t row, int64_t row_end, int64_t first, int64_t last) const {
+  void run(int64_t row, int64_t row_end, int64_t first_panel, int64_t last_panel) const {
     constexpr int64_t block = matmul::kDepth<T>, most = gemm::kPanel<T>, terms = gemm::kTerms<T>;
-    constexpr bool rounds = !std::is_same_v<S, float>;
+    constexpr bool rounds = !std::is_same_v<O, float>;
     const int64_t height = row_end - row;
     T* const packed = threads::scratch<T>(gemm::steps_of<T>(block) * most);
     float* const sums = rounds ? threads::scratch<float, 6>(height * most) : nullptr;
-    for (int64_t n = first * most; n < std::min(last * most, outputs); n += most) {
+    for (int64_t n = first_panel * most; n < std::min(last_panel * most, outputs); n += most) {
       const int64_t columns = std::min(most, outputs - n), width = gemm::panel_vectors<T>(columns) * gemm::kLanes<T>;
       float shift[most] = {};
       if (bias != nullptr) std::copy_n(bias + n, columns, shift);
@@ -83,7 +99,7 @@ struct Large {
       const int64_t stride = rounds ? most : outputs;
       for (int64_t s = 0; s < depth; s += block) {
         const int64_t end = std::min(s + block, depth);
-        pack(weight, n, columns, s, end, packed, width);
+        pack(weight, first, n, columns, s, end, packed, width);
         const float* const added = bias != nullptr && end == depth ? shift : nullptr;
         for (int64_t m = 0; m < height; m += gemm::kMaxRows)
           columns::tile_of<false>(std::min<int64_t>(gemm::kMaxRows, height - m), x + (row + m) * x_stride + s / terms,

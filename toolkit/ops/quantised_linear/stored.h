@@ -100,7 +100,7 @@ template <typename Format>
 struct Plain {
   static constexpr bool kHasNan = false;
   template <typename Body>
-  static void with_variant(const Stored&, const Body& body) {
+  static void with_variant(const Stored&, int64_t, int64_t, const Body& body) {
     body(Format{});
   }
 };

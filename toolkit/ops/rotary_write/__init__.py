@@ -2,17 +2,25 @@
 
 from torch import Tensor
 
-from toolkit.ops.registry import register
+from toolkit.ops.registry import Op, register
 from toolkit.ops.rotary_write import reference
 
-__all__ = ["rotary_write"]
+__all__ = ["rotary_write", "rotary_write_int8"]
 
-_OP = register(
+_OP: Op[Tensor] = register(
     "rotary_write(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float? eps, float offset,"
     " Tensor cos, Tensor sin, bool interleaved, Tensor(a!) keys, Tensor(b!) values, Tensor slots) -> Tensor",
     reference=reference.rotary_write,
     fake=reference.rotary_write_fake,
     triton="toolkit.ops.rotary_write.reference.rotary_write",  # the ops one after the other, by their own kernels
+)
+_INT8: Op[Tensor] = register(
+    "rotary_write_int8(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float? eps, float offset,"
+    " Tensor cos, Tensor sin, bool interleaved, Tensor(a!) keys, Tensor(b!) key_scales, Tensor(c!) values,"
+    " Tensor(d!) value_scales, Tensor slots) -> Tensor",
+    reference=reference.rotary_write_int8,
+    fake=reference.rotary_write_int8_fake,
+    triton="toolkit.ops.rotary_write.reference.rotary_write_int8",
 )
 
 
@@ -62,3 +70,39 @@ def rotary_write(
     those ops.
     """
     return _OP.select(impl)(q, k, v, q_weight, k_weight, eps, offset, cos, sin, interleaved, keys, values, slots)
+
+
+def rotary_write_int8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float | None,
+    offset: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    keys: Tensor,
+    key_scales: Tensor,
+    values: Tensor,
+    value_scales: Tensor,
+    slots: Tensor,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """``rotary_write`` into pools of eight bits: ``state_write_int8`` in the place of ``state_write``.
+
+    Args:
+        keys, values: [slots, H, D] and [slots, H, V] int8, written in place.
+        key_scales, value_scales: [slots, H, 1] float32, written in place.
+        Others as for ``rotary_write``.
+
+    Returns:
+        [T, Hq, D] in q's dtype.
+
+    Raises:
+        RuntimeError: as ``rotary_write``.
+    """
+    pools = keys, key_scales, values, value_scales
+    return _INT8.select(impl)(q, k, v, q_weight, k_weight, eps, offset, cos, sin, interleaved, *pools, slots)

@@ -1,22 +1,18 @@
-"""Keys and values in eight bits with a scale for each token and head (``toolkit.state.rounding``)."""
+"""Keys and values in eight bits with a scale for each token and head (``toolkit.ops.int8_rows``)."""
 
 import torch
 from torch import Tensor
 
+from toolkit.ops.int8_rows import int8_values, state_write_int8
 from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateSpec
 from toolkit.state.kinds.token_rows import TokenRows
 from toolkit.state.kinds.window import WindowAttention
-from toolkit.state.rounding import int8_codes, int8_values
 
 
 class Int8Attention(TokenRows, kind="full_int8"):
-    """Codes [num_blocks, block_size, heads, width] of keys and of values, and float32 scales [..., heads, 1] of both.
-
-    Attention reads values of the model's dtype: those of the blocks in use are computed for each call.
-    """
+    """Codes [num_blocks, block_size, heads, width] of keys and values, and float32 scales [..., heads, 1] of both."""
 
     op = "attend"
-    capturable = False  # how many blocks are in use is data
 
     def __init__(
         self, spec: StateSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -30,14 +26,14 @@ class Int8Attention(TokenRows, kind="full_int8"):
         return codes + [((block_size, heads, 1), torch.float32) for heads, _ in spec.shapes]
 
     def write(self, rows: Rows, view: PagedRows | Snapshots, query_offsets: Tensor) -> None:
-        codes, scales = zip(*map(int8_codes, rows), strict=True)
-        super().write((*codes, *scales), view, query_offsets)
+        assert isinstance(view, PagedRows)
+        for codes, scales, given in zip(self.rows[:2], self.rows[2:], rows, strict=True):
+            state_write_int8(codes, scales, given, view.slot_mapping)
 
-    def operands(self, view: PagedRows) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [rows, heads, width] of the blocks in use, and the tables that lead to them."""
-        blocks, tables = view.block_tables.unique(return_inverse=True)
-        keys, values = self.contents(blocks)
-        return keys, values, tables
+    def operands(self, view: PagedRows) -> tuple[Tensor, ...]:
+        """Codes [rows, heads, width] of keys and values, the block tables, and scales [rows, heads, 1] of both."""
+        keys, values, *scales = self.rows
+        return keys, values, view.block_tables, *scales
 
     def contents(self, blocks: Tensor) -> Rows:
         *codes, key_scales, value_scales = super().contents(blocks)

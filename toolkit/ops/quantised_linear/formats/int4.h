@@ -17,7 +17,7 @@ struct Int4 {
     w.take_per_group(1, "zero", scales[1], {at::kByte});
   }
   template <typename Body>
-  static void with_variant(const Stored& w, const Body& body) {
+  static void with_variant(const Stored& w, int64_t, int64_t, const Body& body) {
     if (w.scale_type == at::kFloat)
       body(Int4<false>{});
     else

@@ -20,10 +20,10 @@ struct Int8 {
   }
 
   template <typename Body>
-  static void with_variant(const Stored& w, const Body& body) {
+  static void with_variant(const Stored& w, int64_t first, int64_t last, const Body& body) {
     const float* const scales = w.scale<float>(0);
     bool tiny = false;
-    for (int64_t i = 0; i < w.panels * kPanel; ++i) tiny |= scales[i] != 0 && std::abs(scales[i]) < 0x1p-100f;
+    for (int64_t i = first * kPanel; i < last * kPanel; ++i) tiny |= scales[i] != 0 && std::abs(scales[i]) < 0x1p-100f;
     if (tiny)
       body(Int8<false>{});
     else

@@ -1,7 +1,20 @@
 #pragma once
+#include <bit>
+
 #include "../stored.h"
 
 namespace toolkit::quantised {
+
+#ifdef TOOLKIT_BYTEWISE
+// Byte i of each of 16 floats.
+struct BytesOf {
+  alignas(64) uint8_t of[4][16];
+  constexpr explicit BytesOf(const float (&values)[16]) : of{} {
+    for (int code = 0; code < 16; ++code)
+      for (int i = 0; i < 4; ++i) of[i][code] = std::bit_cast<uint32_t>(values[code]) >> (8 * i) & 255;
+  }
+};
+#endif
 
 struct Format_nf4 : Plain<Format_nf4> {
   static constexpr int kBits = 4;
@@ -56,6 +69,23 @@ struct Format_nf4 : Plain<Format_nf4> {
   static TOOLKIT_INLINE Floats value(Words word, const Group& g) {
     return lookup<J>(word, kValues) * g.scale;
   }
+
+#ifdef TOOLKIT_BYTEWISE
+  // The same of all codes of a word, by a table for each byte of a value.
+  static TOOLKIT_INLINE void values(Words word, const Group& g, Floats (&out)[8]) {
+    static constexpr BytesOf kBytes(kValues);
+    const __m256i bytes = by_byte(word), nibble = _mm256_set1_epi8(15);
+    const __m256i codes[2] = {_mm256_and_si256(bytes, nibble), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble)};
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+      Floats found[4];
+      floats_of_bytes(lookup_bytes(kBytes.of[0], codes[odd]), lookup_bytes(kBytes.of[1], codes[odd]),
+                      lookup_bytes(kBytes.of[2], codes[odd]), lookup_bytes(kBytes.of[3], codes[odd]), found);
+#pragma GCC unroll 4
+      for (int b = 0; b < 4; ++b) out[2 * b + odd] = found[b] * g.scale;
+    }
+  }
+#endif
 };
 
 }  // namespace toolkit::quantised
