@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.helpers.strategies import RESUMED, case
 from toolkit.config.distributed import DistributedSection
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
+from toolkit.training.signals import Interrupted
 
 torch.set_num_threads(1)
 folder, strategy = Path(sys.argv[1]), sys.argv[2]
@@ -47,6 +49,22 @@ def check_skipped() -> None:
     assert not all(map(torch.equal, before, weights()))
 
 
+def check_stopped_rollout() -> None:
+    """A signal that one process of a split model gets, which no other one sees: all stop at the same token."""
+    recipe = case("grpo", folder, strategy, 2).model_copy(update={"run_name": f"stop-{strategy}"})
+    trainer = Trainer(recipe, quiet=True)
+    if trainer.accelerator.process_index:
+        trainer.stop.accept(signal.SIGTERM)
+    try:
+        trainer.train_step()
+    except Interrupted:
+        trainer.objective.close()
+        return
+    raise AssertionError("the rollout went on")
+
+
+if strategy == "tp" and "grpo" in sys.argv[3:]:
+    check_stopped_rollout()
 if "moe" in sys.argv[3:]:
     check_skipped()
 for name in sys.argv[3:]:
