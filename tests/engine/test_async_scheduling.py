@@ -109,14 +109,14 @@ def test_random_schedules_on_a_device_that_records():
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("first", range(1000, 6000, 500))
+@pytest.mark.parametrize("first", range(1000, 6000, 100))
 def test_many_random_schedules(first):
     chance = chance_of(first)
     settings = {"num_blocks": chance.choice((15, 20, 40)), "max_num_seqs": chance.choice((2, 4, 8))}
     sync, ahead, launches = pair(NATIVE_OR_PYTHON, poisoned=True, swap_space=chance.choice((0, None)), **settings)
     with sync, ahead:
-        check_schedules((sync, ahead), range(first, first + 500))
-        assert launches.count > 2000
+        check_schedules((sync, ahead), range(first, first + 100))
+        assert launches.count > 400
 
 
 @pytest.mark.sweep
