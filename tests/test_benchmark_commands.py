@@ -21,6 +21,7 @@ COMMANDS = {
     "fuzz": "--requests 150",
     "http_overhead": "--streams 2 --prompt 8 --new-tokens 4 --repeats 1",
     "decode": "--models thin --batch 1 2 --repeats 1",
+    "joined_weights": "--models thin --batch 1 2 --tokens 16 --repeats 1",
     "adapters": "--layers 1 --batch 4 --adapters 3 --repeats 1",
     "live": "--layers 1 --tokens 96 --streams 1 --seconds 0.5 --repeats 1 --threads 1",
     "structured": "--layers 1 --batch 2 --repeats 1",

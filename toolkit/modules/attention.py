@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
 from toolkit.modules.autocast import autocast_inputs
+from toolkit.modules.joined_linear import linear_outputs, with_one_input
 from toolkit.ops.rotary import rotary
 from toolkit.state.active import forward_context_of
 from toolkit.state.batch import RaggedBatch
@@ -220,7 +221,7 @@ class FusedAttention:
             original: the layer's own forward, which runs where attention weights are wanted.
             weights_wanted: whether the call under way returns them.
         """
-        parts = self
+        parts, projections = self, (self.q, self.k, self.v)
 
         def forward(
             self: nn.Module,
@@ -242,9 +243,7 @@ class FusedAttention:
                 return own
             batch_size, length = hidden_states.shape[:2]
             split = (batch_size, length, -1, parts.head_dim)
-            q = getattr(self, parts.q)(hidden_states).view(split)
-            k = getattr(self, parts.k)(hidden_states).view(split)
-            v = getattr(self, parts.v)(hidden_states).view(split)
+            q, k, v = (one.view(split) for one in linear_outputs(self, projections, hidden_states))
             if parts.q_norm is not None:
                 q = getattr(self, parts.q_norm)(q)
             if parts.k_norm is not None:
@@ -265,4 +264,4 @@ class FusedAttention:
             out = attend(self.layer_idx, q, k, v, attention_mask, context, settings, dropout)  # type: ignore[arg-type]
             return getattr(self, parts.out)(out.reshape(batch_size, length, -1)), None
 
-        return forward
+        return with_one_input(forward, projections)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from toolkit.modules.joined_linear import linear_outputs, with_one_input
 from toolkit.ops.activation import activation
 from toolkit.ops.gated_activation import gated_activation
 
@@ -26,10 +27,11 @@ class GatedMlp:
         gate, up, down, kind = self.gate, self.up, self.down, self.kind
 
         def forward(self: nn.Module, x: Tensor) -> Tensor:
-            y: Tensor = getattr(self, down)(gated_activation(getattr(self, gate)(x), getattr(self, up)(x), kind))
+            of_gate, of_up = linear_outputs(self, (gate, up), x)
+            y: Tensor = getattr(self, down)(gated_activation(of_gate, of_up, kind))
             return y
 
-        return forward
+        return with_one_input(forward, (gate, up))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from toolkit.patching.claim import Claim, Skipped, install_all, put_pre_hook, un
 from toolkit.patching.float32_arithmetic import float32_arithmetic
 from toolkit.patching.forward import row_forward
 from toolkit.patching.instance_forward import UNPROVEN, InstalledForwards, foreign_forward
+from toolkit.patching.joined_weights import join_groups, joins_by_default
 from toolkit.patching.key_rounding import kept_kv_dtype, round_keys
 from toolkit.patching.padding import LabelsOnPadding
 from toolkit.patching.probe import device_of
@@ -105,13 +106,14 @@ def patch(
     roles: Sequence[str] | None = None,
     numerics: str | Numerics | None = None,
     kv_cache_dtype: str | None = None,
+    join_weights: bool | None = None,
 ) -> PatchReport:
     """The report of what was replaced, with probe errors, and of what was skipped, with reasons.
 
     Replaces the forwards of ``model`` by shared ops, in place; each replacement is proven by a probe first. Parameters
-    keep their names, storage and layout. Patching twice is patching once; other roles, another numerics mode, or other
-    modules in the place of patched ones (after ``resize_token_embeddings``, say) replace the earlier patch.
-    ``unpatch`` restores the model.
+    keep their names and layout, and their memory unless ``join_weights`` moves it. Patching twice is patching once;
+    other roles, another numerics mode, or other modules in the place of patched ones (after
+    ``resize_token_embeddings``, say) replace the earlier patch. ``unpatch`` restores the model.
 
     Args:
         model: a Hugging Face model. A ``PeftModel`` is patched like the model inside it, before or after its adapters
@@ -123,6 +125,10 @@ def patch(
         kv_cache_dtype: "int8" rounds keys and values to eight bits with a scale for each token and head
             (``toolkit.state.rounding``): an engine's pages hold the codes, and training computes with the same values,
             its gradients straight through. "auto" keeps the model's dtype; None leaves it as an earlier patch has it.
+        join_weights: whether the weights of queries, keys and values, and those of gate and up, move to one allocation
+            each, where in fast mode one cuBLAS / MKL GEMM serves the group. Names, state dicts, optimizers and saved
+            files stay what they are, and in bitwise mode all bits. Groups with other than plain linear layers, and
+            sharded models, are skipped. None: as an earlier patch has it, or in fast mode on CUDA.
 
     Raises:
         ToolkitError: an unknown value, or a model that cannot be patched so.
@@ -135,8 +141,14 @@ def patch(
     if record is not None and record.roles == wanted and _is_current(record, model):
         assert record.report is not None
         mode = record.report.numerics
-        if kv_cache_dtype == before and (numerics is None or mode is Numerics.choose(numerics, device_of(model))):
+        same = kv_cache_dtype == before and join_weights in (None, record.report.join_weights)
+        if same and (numerics is None or mode is Numerics.choose(numerics, device_of(model))):
+            if record.report.join_weights:  # what was moved since, by Module.to, say
+                joined, _ = join_groups(model, record.report.claims)
+                put_record(model, replace(record, undo=(*record.undo, *joined)))
             return record.report
+    if join_weights is None and record is not None and record.report is not None:
+        join_weights = record.report.join_weights
     check_unsplit(model, "another patch")
     unpatch(model)
     check_unsharded(model, "patching")
@@ -149,6 +161,12 @@ def patch(
     record = PatchRecord(report, wanted, undo, InstalledForwards.of(report.claims))
     put_record(model, record)
     make_room_for_clock(model)
+    if join_weights or (join_weights is None and joins_by_default(report.numerics, device_of(model))):
+        report = replace(report, join_weights=True)
+        joined, separate = join_groups(model, report.claims)
+        report.skipped.extend(separate)
+        record = replace(record, report=report, undo=(*undo, *joined))
+        put_record(model, record)
     fuse_adapters(model, report.numerics)
     skipped = [(path, verdict) for path, verdict in adapter_report(model) if verdict != FUSED]
     report.skipped.extend(Skipped("adapter", path, reason) for path, reason in skipped)
@@ -160,7 +178,7 @@ def patch(
         except ToolkitError:
             unpatch(model)
             raise
-        put_record(model, replace(record, undo=(*undo, *rounding)))
+        put_record(model, replace(record, undo=(*record.undo, *rounding)))
     return report
 
 

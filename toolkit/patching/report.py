@@ -35,11 +35,13 @@ class PatchReport:
     """The result of patching one model.
 
     Args:
-        ragged: what ragged batches need.
         numerics: mode of the patch.
         kv_cache_dtype: "int8" where keys and values are rounded to eight bits, in pages and elsewhere; else "auto".
         claims: replacements, with their probe errors.
         skipped: modules that looked like a role and keep their own forward, with the reason.
+        ragged: what ragged batches need.
+        join_weights: whether weights of linear layers of one input were to be placed together in memory; groups that
+            were not are among those skipped.
     """
 
     numerics: Numerics
@@ -47,6 +49,7 @@ class PatchReport:
     claims: list[Claim] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     ragged: RaggedUse = field(default_factory=RaggedUse)
+    join_weights: bool = False
 
     def roles(self) -> dict[str, int]:
         """Number of replaced modules of each role."""
@@ -95,6 +98,7 @@ class PatchReport:
     def __str__(self) -> str:
         lines = [f"numerics: {self.numerics}"]
         lines += [f"keys and values: {self.kv_cache_dtype}"] if self.kv_cache_dtype != "auto" else []
+        lines += ["weights of linear layers of one input: joined"] if self.join_weights else []
         lines += [f"  {' · '.join(row)}" for row in self.rows()]
         lines += [f"  skipped: {' · '.join(row)}" for row in self.skipped_rows()]
         lines += [f"  no ragged batches: {self.ragged.reason}"] if self.ragged.reason else []

@@ -48,10 +48,7 @@ class _Links:
     def before_views(self, value: Value, reader: Node) -> tuple[Value, Node]:
         """What ``value`` is the same memory of in another shape, and who uses that."""
         while (view := self.maker(value, _ATEN.view.default, reader)) is not None:
-            source = view.reads[0]
-            if not source.tensor.is_contiguous():
-                break
-            value, reader = source, view
+            value, reader = view.reads[0], view
         return value, reader
 
 

@@ -19,7 +19,9 @@ from toolkit.ops import linear, quantised_linear, rms_norm  # noqa: F401  (impor
 
 _ATEN, _OURS = torch.ops.aten, torch.ops.toolkit
 _ALIASES = {_ATEN.detach.default, _ATEN.alias.default}
-_VIEWS = {_ATEN.view.default, _ATEN.unsqueeze.default, _ATEN.expand.default, _ATEN.select.int}
+_VIEWS = {
+    _ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.unsqueeze.default, _ATEN.expand.default, _ATEN.select.int,
+}  # fmt: skip
 
 
 def optimize(graph: CapturedGraph) -> CapturedGraph:
