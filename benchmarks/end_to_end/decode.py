@@ -61,7 +61,11 @@ def new_engine(model: Any, batch: int, repeats: int, prompt: int = 64) -> toolki
 
 
 def timed_steps(
-    engines: Mapping[str, toolkit.Engine], batch: int, repeats: int, prompt: int = 64
+    engines: Mapping[str, toolkit.Engine],
+    batch: int,
+    repeats: int,
+    prompt: int = 64,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of decode steps of ``batch`` sequences in each engine, in turns; the engines are closed.
 
@@ -70,6 +74,7 @@ def timed_steps(
         batch: sequences.
         repeats: turns of each engine, ``STEPS`` each.
         prompt: tokens before the first step.
+        clock: what is read before and after a step.
     """
     for engine in engines.values():
         params = toolkit.SamplingParams(max_tokens=128 + 8 * repeats, temperature=0.0, ignore_eos=True)
@@ -82,9 +87,9 @@ def timed_steps(
         time.sleep(0.05)
         engines[side].step()
         for _ in range(STEPS):
-            begun = time.perf_counter()
+            begun = clock()
             engines[side].step()
-            seconds[side].append(time.perf_counter() - begun)
+            seconds[side].append(clock() - begun)
     for engine in engines.values():
         engine.close()
     return seconds

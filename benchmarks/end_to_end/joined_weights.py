@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import toolkit
-from benchmarks.common import gate, interleaved, llama, print_table, write_json
+from benchmarks.common import CLOCKS, gate, interleaved, llama, print_table, write_json
 from benchmarks.end_to_end.decode import new_engine, thin, timed_steps
 from benchmarks.end_to_end.narrow import smollm2
 from benchmarks.end_to_end.train import make_batch, stepper
@@ -51,10 +51,14 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[128, 1024], help="of a training step")
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock", choices=sorted(CLOCKS), default="wall", help="process: on a busy machine, with 1 thread"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="name of the file under benchmarks/results; no file without it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    clock = CLOCKS[arguments.clock]
     rows, found = [], []
 
     def note(model: str, what: str, seconds: dict[str, list[float]]) -> None:
@@ -66,17 +70,17 @@ def main() -> None:
         models = sides(name, arguments.device)
         for batch in arguments.batch:
             engines = {side: new_engine(model, batch, arguments.repeats) for side, model in models.items()}
-            note(name, f"decode, batch {batch}", timed_steps(engines, batch, arguments.repeats))
+            note(name, f"decode, batch {batch}", timed_steps(engines, batch, arguments.repeats, clock=clock))
         for tokens in arguments.tokens:
             ids = make_batch(max(1, tokens // 256), min(tokens, 256), models["joined"].config.vocab_size)
             steps = {side: stepper(model.train(), ids.to(arguments.device)) for side, model in models.items()}
-            cuda = arguments.device == "cuda"
-            note(name, f"training, {tokens} tokens", interleaved(steps, arguments.repeats, synchronize=cuda))
+            seconds = interleaved(steps, arguments.repeats, synchronize=arguments.device == "cuda", clock=clock)
+            note(name, f"training, {tokens} tokens", seconds)
             for model in models.values():
                 model.eval()
     print_table("fast mode, fp32", ["model", "step", "separate ms", "joined ms", "joined / separate"], rows)
     if arguments.json:
-        made = {"threads": arguments.threads, "device": arguments.device, "steps": found}
+        made = {name: getattr(arguments, name) for name in ("threads", "device", "clock")} | {"steps": found}
         print(f"written to {write_json(arguments.json, made)}")
 
 

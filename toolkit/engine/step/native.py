@@ -56,14 +56,16 @@ def _runs_on_openmp(node: Node) -> bool:
     """Whether torch shares the op out to its threads: an own op of torch, no view, with a large result."""
     schema = node.op._schema
     view = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
-    products = schema.name.split("::")[1] in _PRODUCTS
-    if view or (schema.name.startswith("toolkit::") and not products):
+    if schema.name == "toolkit::joined_linear":
+        return True
+    if view or schema.name.startswith("toolkit::"):
         return False
+    products = schema.name.split("::")[1] in _PRODUCTS
     computed = [value for value in (*node.reads, *node.results) if value.kind != "constant"]
     return products or any(value.tensor.numel() >= _GRAIN for value in computed)
 
 
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "convolution", "joined_linear"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "convolution"}
 _GRAIN = 32768  # elements from which torch wakes threads (at::internal::GRAIN_SIZE)
 
 
