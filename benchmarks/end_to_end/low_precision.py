@@ -4,7 +4,7 @@ Every side is a separate engine on the same random weights, bitwise mode; they t
 round the layers' weights, and the head, which is the embedding, unless ``--dense-head`` is given. Activations are not
 rounded. A step cannot take less than reading its weights once, at the rate of a sum over float32 in the same run.
 ``--sides float32 float32@int8 --prompt 4096`` compares keys and values of float32 with those in eight bits;
-``--model qwen3_moe`` has SmolLM2-135M's place taken by an MoE model of 470 M weights, of which a token reads 94 M.
+``--model qwen3_moe`` is an MoE model of 64 experts, 8 per token, instead of SmolLM2-135M's shape.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SIDES = ("float32", "bfloat16", "int8", "int4", "nf4", "fp8")
 
 
 def moe(layers: int) -> Any:
-    """A Qwen3-MoE of 64 experts of 512, 8 per token, and random weights: 10 layers have 470 M."""
+    """A Qwen3-MoE of 64 experts of 512, 8 per token, and random weights."""
     return qwen3_moe(num_hidden_layers=layers, num_experts=64, num_experts_per_tok=8, moe_intermediate_size=512).eval()
 
 
