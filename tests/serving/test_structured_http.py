@@ -13,11 +13,14 @@ from tests.helpers.json_schemas import violation
 from tests.helpers.tool_template import TEMPLATE
 from toolkit.engine import AsyncEngine, Engine
 from toolkit.loading import load_model
+from toolkit.serving.anthropic.requests import MessagesRequest
 from toolkit.serving.app import ServerConfig, create_app
 from toolkit.serving.errors import RequestError
+from toolkit.serving.ollama.requests import OllamaGenerateRequest
 from toolkit.serving.openai.completion_request import CompletionRequest
 from toolkit.serving.openai.requests import ChatRequest
 from toolkit.serving.parsing import parse
+from toolkit.serving.responses.requests import ResponsesRequest
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SCHEMA = {
@@ -187,6 +190,44 @@ def test_a_form_beside_reasoning_and_tools_is_named_as_the_request_names_it(chat
                 error = response.json()["error"]
                 message = error if isinstance(error, str) else error["message"]
                 assert message.startswith(f"'{named}' must be what can be enforced"), message
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_model_that_writes_whitespace_comes_to_an_end(client, path):
+    (newline,) = client.post("/tokenize", json={"prompt": "\n", "add_special_tokens": False}).json()["tokens"]
+    bias = {"logit_bias": {str(newline): 50}, "temperature": 0}
+    text, reason = choice_of(client, path, response_format=NAMED, max_tokens=400, **bias)
+    assert reason == "stop"
+    assert violation(SCHEMA, text) is None
+    assert max(map(len, re.findall(r"\s+", text))) == 33
+    text, reason = choice_of(client, path, structured_outputs={"json": SCHEMA}, max_tokens=100, **bias)
+    assert (text.strip(), reason) == ("{", "length")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "of_schema"),
+    [
+        (ResponsesRequest, {"input": "a", "text": {"format": {"type": "json_object"}}}, False),
+        (ResponsesRequest, {"input": "a", "text": {"format": {"type": "json_schema", "schema": SCHEMA}}}, True),
+        (OllamaGenerateRequest, {"model": "a", "prompt": "a", "format": "json"}, False),
+        (OllamaGenerateRequest, {"model": "a", "prompt": "a", "format": SCHEMA}, True),
+        (
+            MessagesRequest,
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "max_tokens": 4,
+                "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
+            },
+            True,
+        ),
+    ],
+)
+def test_other_protocols_ask_for_the_form_that_response_format_is(kind, body, of_schema):
+    response_format = NAMED if of_schema else {"type": "json_object"}
+    chat = parse(ChatRequest, json.dumps(body_of(CHAT, response_format=response_format)).encode())
+    form = chat.sampling()["structured_outputs"]
+    assert form["whitespace_pattern"]
+    assert parse(kind, json.dumps(body).encode()).sampling()["structured_outputs"] == form
 
 
 def test_requests_for_text_ask_for_nothing():

@@ -15,6 +15,7 @@ from toolkit.serving.body import Body, short_together
 from toolkit.serving.conversation import Chat, ChatMessage, check_results, merged
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.field_names import of_form, of_variables
+from toolkit.serving.json_forms import json_form
 from toolkit.serving.openai.requests import MAX_MESSAGES
 from toolkit.serving.openai.sampling import MAX_STOP_CHARACTERS, MAX_STOPS
 
@@ -231,5 +232,5 @@ class MessagesRequest(CountTokensRequest):
         if self.stop_sequences:
             values["stop"] = self.stop_sequences
         if self.output_schema is not None:
-            values["structured_outputs"] = {"json": self.output_schema}
+            values["structured_outputs"] = json_form(self.output_schema)
         return values

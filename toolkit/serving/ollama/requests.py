@@ -14,6 +14,7 @@ from toolkit.serving.body import Body, one_or_several, short_together
 from toolkit.serving.conversation import Chat, ChatMessage, Image, merged, system_first
 from toolkit.serving.errors import Json
 from toolkit.serving.field_names import of_form, of_variables
+from toolkit.serving.json_forms import json_form
 from toolkit.serving.openai.requests import MAX_MESSAGES
 from toolkit.serving.openai.sampling import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_LOGPROBS
 from toolkit.strict_json import strict_json
@@ -234,7 +235,7 @@ class OllamaRequest(Body):
         """Keyword arguments for ``SamplingParams``: what the request gave; the defaults live there."""
         values = self.options.sampling()
         if self.format:
-            values["structured_outputs"] = {"json_object": True} if self.format == "json" else {"json": self.format}
+            values["structured_outputs"] = json_form(None if self.format == "json" else self.format)
         return values
 
 

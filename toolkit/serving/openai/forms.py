@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from toolkit.serving.body import Body
+from toolkit.serving.json_forms import json_form
 
 _TEXT_OR_OBJECT: Any = {"anyOf": [{"type": "object"}, {"type": "string"}]}
 
@@ -53,8 +54,8 @@ class ResponseFormat(Body):
         """Arguments of ``StructuredOutputsParams``; None for text."""
         tag = {"triggers": self.triggers, "structures": self.structures}
         forms: dict[str, dict[str, Any]] = {
-            "json_object": {"json_object": True},
-            "json_schema": {"json": self.json_schema.schema_ if self.json_schema is not None else {}},
+            "json_object": json_form(),
+            "json_schema": json_form(self.json_schema.schema_ if self.json_schema is not None else {}),
             "structural_tag": {"structural_tag": tag},
         }
         return forms.get(self.type)

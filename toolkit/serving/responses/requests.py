@@ -14,6 +14,7 @@ from toolkit.serving.body import Body, one_or_several, short_together
 from toolkit.serving.conversation import Chat, ChatMessage, check_results, merged, system_first
 from toolkit.serving.errors import Json
 from toolkit.serving.field_names import of_form, of_variables
+from toolkit.serving.json_forms import json_form
 from toolkit.serving.openai.requests import MAX_MESSAGES
 from toolkit.serving.openai.sampling import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_LOGPROBS
 from toolkit.serving.responses.items import InputItem, ItemPart
@@ -157,8 +158,8 @@ class TextFormat(ItemPart):
     def form(self) -> Json | None:
         """Arguments of ``StructuredOutputsParams``; None for text."""
         if self.type == "json_schema":
-            return {"json": self.schema_}
-        return {"json_object": True} if self.type == "json_object" else None
+            return json_form(self.schema_)
+        return json_form() if self.type == "json_object" else None
 
     def shown(self) -> Json:
         """The format as a response repeats it."""
