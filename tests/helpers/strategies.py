@@ -28,8 +28,8 @@ CASES = ("dense", "moe", "bf16", "fp16", "offload", "sft", "dpo", "kto", "reward
 RESUMED = ("dense", "moe", "bf16", "fp16", "offload", "grpo", "lora")
 """Cases that are resumed from the middle."""
 REFUSED = {"tp": ("offload",), **dict.fromkeys(("ddp", "fsdp2", "zero1", "zero2", "zero3"), ("fp16",))}
-"""Cases that a strategy does not take. Under ddp gradients of fp16 overflow in other steps than in one process, which
-divides the loss by more micro-batches."""
+"""Cases that a strategy does not take. Two processes of ddp divide the loss by half as many micro-batches as one, so
+that scaled gradients of fp16 are twice as large: other steps may overflow and be skipped."""
 
 
 def base_of(folder: Path) -> Path:

@@ -108,7 +108,7 @@ def test_a_stream_goes_on_where_it_was_and_ranks_share_it() -> None:
     assert ranks[1][:100] == whole[1:200:2]
 
 
-KNOWN = "objective.task.name must be one of countdown, guess_number, reasoning_gym, package.module:Class"
+KNOWN = "objective.task.name must be one of countdown, guess_number, hinted, reasoning_gym, package.module:Class"
 
 
 @pytest.mark.parametrize(
