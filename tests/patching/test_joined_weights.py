@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import toolkit
 from toolkit.config.optimization import OptimizerSection
 from toolkit.modules import joined_linear
-from toolkit.ops.joined_linear import lie_together
+from toolkit.ops.joined_linear import lie_together, placed_together
 from toolkit.patching import joined_weights, report_of
 from toolkit.patching.joined_weights import ROLE
 from toolkit.testing.models import random_model
@@ -131,6 +131,20 @@ def test_optimizers_take_the_same_steps(optim):
         states.append(trained(model, optim))
         assert all(joined(model)) == join
     assert equal(*states)
+
+
+def test_memory_that_happens_to_adjoin_is_not_used(monkeypatch):
+    """As that of a file's tensors, mapped one after another."""
+    model, calls = random_model("llama"), counted(monkeypatch)
+    toolkit.patch(model, numerics="fast")
+    for group in groups(model):
+        for one, moved in zip(group, placed_together(group)):
+            one.data = moved
+    assert all(joined(model))
+    logits(model)
+    assert not calls
+    toolkit.unpatch(model)
+    assert all(joined(model))
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])

@@ -11,6 +11,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from toolkit.ops.joined_linear import joined_linear, lie_together
 from toolkit.ops.transforms import transformed
 
+JOINED = "_toolkit_joined"
+"""The attribute of a module whose linear layers' weights were joined. Memory that happens to adjoin is not used."""
+
 
 def linear_outputs(module: nn.Module, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
     """``[getattr(module, name)(x) for name in names]``, called as modules; by ``joined_linear`` where the layers
@@ -25,7 +28,7 @@ def linear_outputs(module: nn.Module, names: Sequence[str], x: Tensor) -> Sequen
         The outputs in the order of ``names``, [..., N_i] each: views of one tensor, or separate ones.
     """
     layers: list[Any] = [getattr(module, name) for name in names]
-    if not _may_join(layers, x):
+    if JOINED not in module.__dict__ or not _may_join(layers, x):
         return [layer(x) for layer in layers]
     weights = [layer.weight for layer in layers]
     biases = [] if layers[0].bias is None else [layer.bias for layer in layers]

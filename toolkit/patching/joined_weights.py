@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from toolkit.modules.joined_linear import names_of_one_input
+from toolkit.modules.joined_linear import JOINED, names_of_one_input
 from toolkit.numerics import Numerics
 from toolkit.ops.joined_linear import lie_together, placed_together
 from toolkit.patching.adapters import unwrapped
-from toolkit.patching.claim import Claim, Skipped, Undo
+from toolkit.patching.claim import Claim, Skipped, Undo, set_attribute
 from toolkit.patching.instance_forward import called_forward
 from toolkit.patching.sharding import is_sharded
 
@@ -57,7 +57,7 @@ def join_groups(model: nn.Module, claims: Sequence[Claim]) -> tuple[list[Undo], 
             for tensors in _rows(layers):
                 for tensor, placed in zip(tensors, placed_together(tensors), strict=True):
                     tensor.data = placed
-            undo.append(partial(_separate, claim.module, names))
+            undo += [set_attribute(claim.module, JOINED, True), partial(_separate, claim.module, names)]
     return undo, skipped
 
 
