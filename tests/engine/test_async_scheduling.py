@@ -32,6 +32,13 @@ NATIVE_OR_PYTHON = straight_line if native.load() is None else native_replay
 SMALL_POOL = {"num_blocks": 15}
 
 
+def first_in_sweep(values, count):
+    """Parameters of which the first ``count`` run in the sweep and the others in the soak."""
+    return [
+        pytest.param(one, marks=pytest.mark.sweep if at < count else pytest.mark.soak) for at, one in enumerate(values)
+    ]
+
+
 def plain(**more):
     return toolkit.SamplingParams(**{"max_tokens": 10, "temperature": 0.8, "seed": 3, "ignore_eos": True, **more})
 
@@ -108,8 +115,7 @@ def test_random_schedules_on_a_device_that_records():
         assert launches.count > 25
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("first", range(1000, 6000, 100))
+@pytest.mark.parametrize("first", first_in_sweep(range(1000, 6000, 100), 5))
 def test_many_random_schedules(first):
     chance = chance_of(first)
     settings = {"num_blocks": chance.choice((15, 20, 40)), "max_num_seqs": chance.choice((2, 4, 8))}
@@ -119,8 +125,7 @@ def test_many_random_schedules(first):
         assert launches.count > 400
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("first", range(10))
+@pytest.mark.parametrize("first", first_in_sweep(range(10), 2))
 def test_many_random_schedules_on_a_device_that_records(first):
     sync, ahead, launches = pair(DeviceGraphs(FakeDevice()), poisoned=True, **SMALL_POOL)
     with sync, ahead:
@@ -246,8 +251,7 @@ def test_each_token_has_the_weights_and_the_version_of_its_step(settings):
             check_idle(engine)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", first_in_sweep(range(20), 4))
 def test_many_schedules_of_weights(seed):
     sync, ahead, _ = pair(max_num_seqs=16, num_blocks=15 + seed, swap_space=None if seed % 2 else 0)
     with sync, ahead:

@@ -33,7 +33,7 @@ class Launches:
     """Counts what an engine launches ahead. ``log``: launches and collections, in order, by the step's number."""
 
     def __init__(self, engine):
-        self.count, self.log, self._numbers = 0, [], {}
+        self.count, self.log, self._numbers, self._launched = 0, [], {}, 0
         decoding = engine._steps._decoding
         launch, ahead, collect = decoding.launch, decoding.launch_ahead, decoding.collect
 
@@ -54,7 +54,10 @@ class Launches:
         decoding.launch, decoding.launch_ahead, decoding.collect = launched, launched_ahead, collected
 
     def _note(self, what, step):
-        self.log.append((what, self._numbers.setdefault(id(step), len(self._numbers))))
+        if what == "launch":  # steps that are gone leave their id to others
+            self._numbers[id(step)] = self._launched
+            self._launched += 1
+        self.log.append((what, self._numbers[id(step)]))
 
 
 def poison(engine):

@@ -164,6 +164,12 @@ def test_operator_registration():
         "activation", False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.toolkit.quantised_experts.default, arguments)
+    with torch.no_grad():
+        out, z = torch.ops.toolkit.quantised_experts(*arguments)
+    given = (out, x, topk_weights, z, codes, scales, format, other, more, kind, down_bias, *plan)
+    given = [one.detach() if isinstance(one, torch.Tensor) else one for one in given]
+    backward = (*given, 16, True, "silu", "activation", False, True, True, True, True)
+    torch.library.opcheck(torch.ops.toolkit.quantised_experts_backward.default, backward)
 
 
 @needs_native

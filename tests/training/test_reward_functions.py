@@ -344,14 +344,15 @@ def test_dropped_completions_have_no_part_in_a_step(tmp_path: Path, aggregation:
     assert sum("cannot be judged; rewards/fails_for_some/failed counts" in line for line in said) == 1
 
 
-def test_failures_in_other_processes_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_in_other_processes_are_printed() -> None:
     policy: Any = SimpleNamespace(
         prompts=SimpleNamespace(functions=object(), environment=None, take_logged=lambda: {"mine": [1.0]}),
-        _failed={}, _said=set(), context=SimpleNamespace(log=(said := []).append),
+        _failed={}, _said=set(),
     )  # fmt: skip
     policy._say_once = partial(OnPolicyObjective._say_once, policy)
     elsewhere = ({"mine": [3.0]}, {"rewards/f/failed": "the reward function f raised KeyError: 'a'"})
-    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, elsewhere])
+    said: list[str] = []
+    policy.context = SimpleNamespace(log=said.append, gather_objects=lambda own: [own, elsewhere])
     for _ in range(2):
         assert OnPolicyObjective._logged(policy) == {"mine": 2.0}
     assert said == ["note: the reward function f raised KeyError: 'a'; rewards/f/failed counts such completions"]
