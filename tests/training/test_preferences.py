@@ -13,7 +13,14 @@ from tests.helpers.objective_recipes import LOWER, dense_logprobs, objective_rec
 from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer, train
 from toolkit.training.objectives.preference import Preference
-from toolkit.training.preference_losses import WITH_REFERENCE, WITHOUT_REFERENCE, Scores, Settings, odds_ratio
+from toolkit.training.preference_losses import (
+    WITH_REFERENCE,
+    WITHOUT_REFERENCE,
+    Scores,
+    Settings,
+    alpha_rewards,
+    odds_ratio,
+)
 
 BETA, SMOOTHING, TAU, GAMMA = 0.3, 0.2, 0.05, 0.4
 
@@ -218,3 +225,17 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
 def test_contradictions(fields: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ToolkitError, match=sentence):
         objective_recipe(tmp_path, "dpo", fields)
+
+
+@pytest.mark.parametrize("alpha", [0.25, -0.05])
+@pytest.mark.parametrize("means", [False, True])
+def test_rewards_of_alpha_are_powers_of_probabilities(alpha: float, means: bool) -> None:
+    """In float32 of sums whose probabilities are 0 there; the formula in float64."""
+    logprobs, lengths = torch.tensor([-0.5, -11.0, -200.0]), torch.tensor([1, 4, 40])
+    zeros = torch.zeros(3)
+    found = alpha_rewards(Scores(logprobs, logprobs, zeros, zeros, lengths, lengths), alpha, means=means)
+    for one, logprob, count in zip(found.chosen.tolist(), logprobs.tolist(), lengths.tolist()):
+        tokens = count if means else 1
+        probability = math.exp(logprob / tokens)
+        assert one == pytest.approx((1 - probability**-alpha) / alpha * tokens, rel=1e-5)
+    assert torch.equal(found.chosen, found.rejected)

@@ -33,8 +33,8 @@ CPO: list[dict[str, Any]] = [
     {"loss_type": "hinge", "cpo_alpha": 0.5},
     {"loss_type": "ipo", "cpo_alpha": 0.0},
     {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.3, "label_smoothing": 0.1},
+    # Not with a loss of sums: TRL takes the power of a probability that is 0 in float32 (test_preferences.py has it).
     {"loss_type": "simpo", "cpo_alpha": 0.0, "alpha": 0.2},
-    {"loss_type": "sigmoid", "alpha": -0.05},
 ]
 
 
