@@ -38,8 +38,7 @@ def test_three_ranks(tmp_path: Path) -> None:
     in_ranks(tmp_path, ranks.forward_and_gradients_of_three, size=3)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.sweep), pytest.param(3, marks=pytest.mark.soak)])
 def test_collectives(size: int, tmp_path: Path) -> None:
     in_ranks(tmp_path, ranks.collectives, size=size)
 
@@ -49,8 +48,14 @@ def test_fifty_steps_of_training(tmp_path: Path) -> None:
     in_ranks(tmp_path, ranks.training, ["llama", "qwen3_moe"], 50)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("llama", marks=pytest.mark.sweep),
+        pytest.param("qwen3", marks=pytest.mark.soak),
+        pytest.param("qwen3_moe", marks=pytest.mark.sweep),
+    ],
+)
 def test_engines_agree_over_random_schedules(family: str, tmp_path: Path) -> None:
     in_ranks(tmp_path, ranks.engines, [family], 6)
 
