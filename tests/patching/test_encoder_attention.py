@@ -43,6 +43,11 @@ def run(model, batch):
     return loss.detach(), torch.cat(list(found.values())), torch.cat(tower)
 
 
+def in_float64(batch):
+    """The batch with its numbers in float64."""
+    return {name: one.double() if one.is_floating_point() else one for name, one in batch.items()}
+
+
 def relative(got, expected):
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
@@ -57,11 +62,12 @@ def test_a_tower_that_is_taken_has_the_loss_and_gradients_of_eager_modules(kind)
     model, batch = made.model, made.outputs(TEXT)
     with eager_modules(model):
         expected = run(model, batch)
+        exact = run(copy.deepcopy(model).double(), in_float64(batch))
     before = implementations(model)
     report = toolkit.patch(model, ROLES)
     assert {claim.path for claim in report.claims if claim.role == "encoder_attention"} == tower_layers(model) != set()
-    for got, wanted in zip(run(model, batch), expected, strict=True):
-        assert relative(got, wanted) < 1e-5
+    for got, eager, wanted in zip(run(model, batch), expected, exact, strict=True):
+        assert relative(got, wanted) < max(1e-5, 2 * relative(eager, wanted))
     toolkit.unpatch(model)
     assert implementations(model) == before
 
