@@ -31,7 +31,7 @@ COMMANDS = {
     "encoder_attention": "--tokens 16 --hidden-size 32 --intermediate-size 48 --heads 2 --repeats 1",
     "pooling": "--texts 5 --longest 24 --layers 1 --repeats 1",
     "patch_cost": "--only 0.6",
-    "quantised": "--threads 1 --repeats 1 --rows 1 --largest 400000",
+    "quantised": "--threads 1 --repeats 1 --rows 1 --largest 400000 --experts 4 2 64 32",
     "low_precision": "--model qwen3_moe --layers 1 --batch 1 --repeats 1 --sides float32@int8 int8 --dense-head",
     "qlora": "--layers 1 --length 16 --repeats 1 --curve-layers 1 --curve-steps 3 --curve-length 8",
     "sizing": "--layers 1 2 --overlap-layers 1 --completion 4 --samples 4 --steps 1 --rows 2 --longest 8 --repeats 1",
