@@ -3,15 +3,33 @@
 import random
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 import toolkit
 from toolkit.engine.runner import SampledStep
+from toolkit.engine.step.executors import straight_line
+from toolkit.engine.step.native import native_replay
+from toolkit.ops import native
 from toolkit.testing.models import random_model, tiny_tokenizer
 
 VOCABULARY = 331
 SETTINGS = {"block_size": 4, "num_blocks": 40, "max_num_seqs": 5, "max_model_len": 48, "seed": 1}
 LETTERS = "etaoinsrhl"
+NATIVE_OR_PYTHON = straight_line if native.load() is None else native_replay
+SMALL_POOL = {"num_blocks": 15}
+
+
+def first_in_sweep(values, count):
+    """Parameters of which the first ``count`` run in the sweep and the others in the soak."""
+    return [
+        pytest.param(one, marks=pytest.mark.sweep if at < count else pytest.mark.soak) for at, one in enumerate(values)
+    ]
+
+
+def plain(**more):
+    """Sampling parameters that leave the host nothing to do between two steps."""
+    return toolkit.SamplingParams(**{"max_tokens": 10, "temperature": 0.8, "seed": 3, "ignore_eos": True, **more})
 
 
 def flipped(output, row):
@@ -73,6 +91,15 @@ def poison(engine):
         return logits, SampledStep(kept, kept.clone)
 
     engine.runner.step = poisoned
+
+
+def pair(executor=NATIVE_OR_PYTHON, family="llama", poisoned=False, **settings):
+    """A synchronous engine, one that launches ahead, and what it launches."""
+    sync, ahead = (new_engine(flag, family, executor, **settings) for flag in (False, True))
+    launches = Launches(ahead)
+    if poisoned:
+        poison(ahead)
+    return sync, ahead, launches
 
 
 @dataclass
