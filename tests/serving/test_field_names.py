@@ -1,17 +1,13 @@
 """Errors name the field that the client sent, in every protocol, whoever finds what is wrong."""
 
-import copy
-
 import pytest
-from fastapi.testclient import TestClient
 
+from tests.helpers.tiny_app import tiny_app
 from tests.helpers.tool_template import TEMPLATE
-from toolkit.engine import AsyncEngine, Engine, EngineUnavailable
+from toolkit.engine import EngineUnavailable
 from toolkit.errors import ToolkitError
-from toolkit.serving.app import ServerConfig, create_app
 from toolkit.serving.errors import RequestError
 from toolkit.serving.field_names import named, of_form
-from toolkit.testing.models import random_model, tiny_tokenizer
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 OLLAMA, GENERATE, TOKENS = "/api/chat", "/api/generate", "/inference/v1/generate"
@@ -41,12 +37,8 @@ FORBIDDEN = {"type": "array", "uniqueItems": True}
 
 @pytest.fixture(scope="module")
 def web():
-    model, tokenizer = random_model("llama"), copy.deepcopy(tiny_tokenizer())
-    tokenizer.chat_template = TEMPLATE
-    with Engine(model, tokenizer, num_blocks=64, max_model_len=256) as engine:
-        config = ServerConfig("tiny", AsyncEngine(engine), tokenizer=tokenizer, max_model_len=256, vocab_size=331)
-        with TestClient(create_app(config), raise_server_exceptions=False) as client:
-            yield client
+    with tiny_app(TEMPLATE) as client:
+        yield client
 
 
 def forms(schema):

@@ -1,15 +1,12 @@
 """What a chat template rejects or does not exist for is an error about the field that it comes from."""
 
-import copy
 from collections.abc import Iterator
 
 import pytest
 from fastapi.testclient import TestClient
 
+from tests.helpers.tiny_app import tiny_app
 from tests.helpers.tool_template import TEMPLATE, WEATHER
-from toolkit.engine import AsyncEngine, Engine
-from toolkit.serving.app import ServerConfig, create_app
-from toolkit.testing.models import random_model, tiny_tokenizer
 
 HELLO = [{"role": "user", "content": "hi"}]
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
@@ -33,23 +30,16 @@ STRICT = (
 FUNCTION = {"name": "weather", "parameters": WEATHER}
 
 
-def served(template: str | None) -> Iterator[TestClient]:
-    model, tokenizer = random_model("llama"), copy.deepcopy(tiny_tokenizer())
-    tokenizer.chat_template = template
-    with Engine(model, tokenizer, num_blocks=64, max_model_len=256) as engine:
-        config = ServerConfig("tiny", AsyncEngine(engine), tokenizer=tokenizer, max_model_len=256, vocab_size=331)
-        with TestClient(create_app(config), raise_server_exceptions=False) as client:
-            yield client
-
-
 @pytest.fixture(scope="module")
 def web() -> Iterator[TestClient]:
-    yield from served(STRICT + TEMPLATE)
+    with tiny_app(STRICT + TEMPLATE) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
 def bare() -> Iterator[TestClient]:
-    yield from served(None)
+    with tiny_app(None) as client:
+        yield client
 
 
 def refused(web: TestClient, path: str, fields: object) -> tuple[str, str | None]:
