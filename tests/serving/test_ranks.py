@@ -198,9 +198,7 @@ def test_an_error_that_no_lost_rank_has_made_is_raised_at_once() -> None:
             raise RuntimeError("a defect")
         assert time.monotonic() - begun < 4  # it was 5 s for every rank
     finally:
-        for process in ranks._others:
-            process.kill()
-            process.wait()
+        ranks.end(0)
 
 
 def test_the_rank_that_ended_is_named_whichever_it_is() -> None:
@@ -214,9 +212,7 @@ def test_the_rank_that_ended_is_named_whichever_it_is() -> None:
         ):
             raise RuntimeError("Connection closed by peer [127.0.0.1]:5")
     finally:
-        for process in ranks._others:
-            process.kill()
-            process.wait()
+        ranks.end(0)
 
 
 @pytest.mark.parametrize(("status", "said"), [(0, 0), (3, 1)])
