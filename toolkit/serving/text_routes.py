@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -69,6 +69,7 @@ class TemplateRequest(ChatRequest):
 
 
 BODIES = (TokenizeRequest, DetokenizeRequest, TemplateRequest)
+Given = TypeVar("Given", TokenizeRequest, DetokenizeRequest, TemplateRequest)
 
 
 class _Schema(BaseModel):
@@ -117,13 +118,7 @@ def add_text_routes(base: Base, texts: Texts, tokens_of: Callable[[str, bool], l
     """
     app, guarded, config = base.app, base.guarded, base.config
 
-    def tokenize(raw: bytes) -> Json:
-        asked = parse(TokenizeRequest, raw)
-        base.check_model(asked.model)
-        with naming(asked.field_names):
-            return tokenized(asked)
-
-    def tokenized(asked: TokenizeRequest) -> Json:
+    def tokenize(asked: TokenizeRequest) -> Json:
         special = asked.prompt is not None if asked.add_special_tokens is None else asked.add_special_tokens
         if asked.prompt is not None:
             tokens = tokens_of(asked.prompt, special)
@@ -137,9 +132,7 @@ def add_text_routes(base: Base, texts: Texts, tokens_of: Callable[[str, bool], l
             "count": len(tokens), "max_model_len": config.max_model_len, "tokens": tokens, "token_strs": strings,
         }  # fmt: skip
 
-    def detokenize(raw: bytes) -> Json:
-        asked = parse(DetokenizeRequest, raw)
-        base.check_model(asked.model)
+    def detokenize(asked: DetokenizeRequest) -> Json:
         size = config.vocab_size or 2**63
         wrong = outside_vocabulary(asked.tokens, size)
         if wrong is not None:
@@ -147,14 +140,17 @@ def add_text_routes(base: Base, texts: Texts, tokens_of: Callable[[str, bool], l
             raise RequestError(message, "tokens")
         return {"prompt": texts.text_of(asked.tokens)}
 
-    def apply_template(raw: bytes) -> Json:
-        asked = parse(TemplateRequest, raw)
-        base.check_model(asked.model)
+    def apply_template(asked: TemplateRequest) -> Json:
         needed = asked.choice.mode != "none"
-        with naming(asked.field_names):
-            return {"prompt": texts.chat_text(asked.messages, True, tools_needed=needed, **asked.template_options())}
+        return {"prompt": texts.chat_text(asked.messages, True, tools_needed=needed, **asked.template_options())}
 
-    def add(path: str, read: Callable[[bytes], Json], body: type[Body], response: type[BaseModel]) -> None:
+    def add(path: str, make: Callable[[Given], Json], body: type[Given], response: type[BaseModel]) -> None:
+        def read(raw: bytes) -> Json:
+            asked = parse(body, raw)
+            base.check_model(asked.model)
+            with naming(asked.field_names):
+                return make(asked)
+
         @app.post(
             path, dependencies=guarded, responses=responses(response), openapi_extra=takes(body),
             operation_id=path.strip("/").replace("-", "_"),
