@@ -53,18 +53,18 @@ def _has_own_threads(graph: CapturedGraph) -> bool:
 
 
 def _runs_on_openmp(node: Node) -> bool:
-    """Whether torch shares the op out to its threads: an own op of torch, no view, with a large result."""
+    """Whether torch shares the op out to threads: its own op, no view, of a large result, or ours that calls it."""
     schema = node.op._schema
-    view = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
-    if schema.name == "toolkit::joined_linear":
-        return True
-    if view or schema.name.startswith("toolkit::"):
+    namespace, _, name = schema.name.partition("::")
+    if namespace == "toolkit":
+        return name in _OURS_OF_PRODUCTS
+    if any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns):
         return False
-    products = schema.name.split("::")[1] in _PRODUCTS
     computed = [value for value in (*node.reads, *node.results) if value.kind != "constant"]
-    return products or any(value.tensor.numel() >= _GRAIN for value in computed)
+    return name in _PRODUCTS or any(value.tensor.numel() >= _GRAIN for value in computed)
 
 
+_OURS_OF_PRODUCTS = {"joined_linear"}
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "convolution"}
 _GRAIN = 32768  # elements from which torch wakes threads (at::internal::GRAIN_SIZE)
 
