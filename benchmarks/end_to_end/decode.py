@@ -87,9 +87,7 @@ def timed_steps(
         time.sleep(0.05)
         engines[side].step()
         for _ in range(STEPS):
-            begun = clock()
-            engines[side].step()
-            seconds[side].append(clock() - begun)
+            seconds[side].append(seconds_of(engines[side].step, clock))
     for engine in engines.values():
         engine.close()
     return seconds
@@ -123,18 +121,11 @@ def simulate(engine: toolkit.Engine, seconds: float) -> None:
     engine.runner._read_back = read_back
 
 
-def thread_seconds(function: Callable[[], Any]) -> float:
-    """CPU time of this thread: other processes take turns on the cores."""
-    begun = time.thread_time()
+def seconds_of(function: Callable[[], Any], clock: Callable[[], float] = time.thread_time) -> float:
+    """Its time by ``clock``; CPU time of this thread, as other processes take turns on the cores."""
+    begun = clock()
     function()
-    return time.thread_time() - begun
-
-
-def clock_seconds(function: Callable[[], Any]) -> float:
-    """Its time."""
-    begun = time.perf_counter()
-    function()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def host_seconds(batch: int, repeats: int = 100, ahead: bool = False, device: float = 0.0) -> list[float]:
@@ -157,8 +148,8 @@ def host_seconds(batch: int, repeats: int = 100, ahead: bool = False, device: fl
         if device:
             simulate(engine, device)
         engine.step()
-        clock = clock_seconds if device else thread_seconds
-        seconds = [clock(engine.step) for _ in range(repeats)]
+        clock = time.perf_counter if device else time.thread_time
+        seconds = [seconds_of(engine.step, clock) for _ in range(repeats)]
         assert engine.stats()["generation_tokens"] >= repeats * batch
         return seconds
 
@@ -181,7 +172,7 @@ def look_seconds(model: Any, repeats: int) -> list[float]:
         found = []
         for _ in range(repeats):
             engine.step()
-            found.append(thread_seconds(engine.see_weights))
+            found.append(seconds_of(engine.see_weights))
         return found
 
 
