@@ -192,9 +192,9 @@ _ROWS_AT_ONCE = 128
 
 def _by_rows(seen: Callable[[Tensor], None], logits: Tensor, targets: Tensor) -> tuple[Tensor]:
     found: list[Tensor] = []
-    for part in deferred.split_rows(logits, _ROWS_AT_ONCE):
-        begin = sum(map(len, found))
-        found.append(deferred.token_logprobs(part, targets[begin : begin + part.shape[0]])[0])
+    parts = deferred.split_rows(logits, _ROWS_AT_ONCE)
+    for part, wanted in zip(parts, targets.split([part.shape[0] for part in parts]), strict=True):
+        found.append(deferred.token_logprobs(part, wanted)[0])
         seen(found[-1])
     return (torch.cat(found),)
 
