@@ -28,10 +28,10 @@ def linear_outputs(module: nn.Module, names: Sequence[str], x: Tensor) -> Sequen
         The outputs in the order of ``names``, [..., N_i] each: views of one tensor, or separate ones.
     """
     layers: list[Any] = [getattr(module, name) for name in names]
-    if JOINED not in module.__dict__ or not _may_join(layers, x):
+    found = _weights_together(layers, x) if JOINED in module.__dict__ else None
+    if found is None:
         return [layer(x) for layer in layers]
-    weights = [layer.weight for layer in layers]
-    biases = [] if layers[0].bias is None else [layer.bias for layer in layers]
+    weights, biases = found
     return torch.split(joined_linear(x, weights, biases), [len(weight) for weight in weights], -1)
 
 
@@ -47,17 +47,19 @@ def names_of_one_input(forward: Any) -> tuple[str, ...]:
     return names
 
 
-def _may_join(layers: Sequence[Any], x: Tensor) -> bool:
-    """Whether calling the layers is nothing but their GEMMs, on weights that lie together."""
+def _weights_together(layers: Sequence[Any], x: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Weights and biases of layers whose calls are nothing but their GEMMs, on weights that lie together; else None."""
     if torch.compiler.is_compiling() or transformed() or torch.is_autocast_enabled(x.device.type):
-        return False
+        return None
     if not all(map(is_plain_linear, layers)) or _has_any_global_hook():
-        return False
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    given = [bias for bias in biases if bias is not None]
-    if len(given) not in (0, len(layers)) or len({one.requires_grad for one in chain(weights, given)}) > 1:
-        return False
-    return lie_together(weights) and (not given or lie_together(given)) and weights[0].dtype is x.dtype
+        return None
+    weights = [layer.weight for layer in layers]
+    biases = [bias for layer in layers if (bias := layer.bias) is not None]
+    if len(biases) not in (0, len(layers)) or len({one.requires_grad for one in chain(weights, biases)}) > 1:
+        return None
+    if weights[0].dtype is not x.dtype or not lie_together(weights) or (biases and not lie_together(biases)):
+        return None
+    return weights, biases
 
 
 def is_plain_linear(layer: nn.Module) -> bool:

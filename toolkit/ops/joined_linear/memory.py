@@ -39,10 +39,11 @@ def lie_together(parts: Sequence[Tensor]) -> bool:
     end = first.data_ptr() if type(first) in _PLAIN else 0
     if not end:  # a meta tensor, or freed memory
         return False
+    dtype, device, inner = first.dtype, first.device, first.shape[1:]
     for part in parts:
-        if type(part) not in _PLAIN or part.data_ptr() != end or part.dtype is not first.dtype:
+        if type(part) not in _PLAIN or part.data_ptr() != end or part.dtype is not dtype:
             return False
-        if not part.is_contiguous() or part.shape[1:] != first.shape[1:] or part.device != first.device:
+        if not part.is_contiguous() or part.shape[1:] != inner or part.device != device:
             return False
         end += part.nbytes
     return True
