@@ -68,6 +68,22 @@ def resumed(recipe: Recipe) -> Trainer:
     return again
 
 
+def check_resumes(whole: Trainer, recipe: Recipe) -> Trainer:
+    """The run of ``recipe`` that is stopped and resumed. Raises AssertionError unless its weights are ``whole``'s."""
+    again = resumed(recipe.model_copy(update={"run_name": "again"}))
+    found = weights(again)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, found[name]), name
+    return again
+
+
+def moved_by_training(trainer: Trainer) -> set[str]:
+    """Trains to the end; the names of the tensors that are not what they were."""
+    before = weights(trainer)
+    trainer.fit()
+    return {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
+
+
 def dense_logprobs(model: Any, sequence: list[int]) -> torch.Tensor:
     """Log-probabilities of a sequence's tokens after the first, by an ordinary forward and plain torch."""
     logits = model(torch.tensor([sequence])).logits[0, :-1] + 0.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.objective_recipes import objective_recipe, resumed, weights
+from tests.helpers.objective_recipes import check_resumes, moved_by_training, objective_recipe
 from toolkit.config import Recipe
 from toolkit.errors import ToolkitError
 from toolkit.loading import load_model
@@ -83,8 +83,7 @@ def test_decomposed_weights_begin_and_go_on_as_in_peft(base: Path, fields: dict[
     torch.testing.assert_close(logits(peft_model(base, folder)), trained, atol=2e-5, rtol=1e-4)
     merged = load_model(str(trainer.folder))[0]
     torch.testing.assert_close(logits(merged), trained, atol=2e-5, rtol=1e-4)
-    again = resumed(recipe.model_copy(update={"run_name": "again"}))
-    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(trainer).items())
+    check_resumes(trainer, recipe)
 
 
 def test_a_randomised_decomposition_is_that_of_peft() -> None:
@@ -109,8 +108,7 @@ def test_decomposed_weights_of_16_bits(base: Path) -> None:
     exact, rounded = (logits(load_model(str(base), dtype)[0]) for dtype in ("float32", "bfloat16"))
     assert (logits(trainer.hf_model) - exact).abs().max() < 2 * (rounded - exact).abs().max()
     trainer.fit()
-    again = resumed(recipe.model_copy(update={"run_name": "again"}))
-    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(trainer).items())
+    check_resumes(trainer, recipe)
 
 
 def adapters_of_peft(base: Path, **fields: Any) -> Path:
@@ -137,9 +135,7 @@ def test_adapters_continue(base: Path, fields: dict[str, Any]) -> None:
     trainer = Trainer(recipe, quiet=True)
     assert trainer.hf_model.peft_config["default"].r == fields["r"]
     torch.testing.assert_close(logits(trainer.hf_model), logits(peft_model(base, theirs)), atol=2e-5, rtol=1e-4)
-    before = weights(trainer)
-    trainer.fit()
-    moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
+    moved = moved_by_training(trainer)
     assert any("lora_A" in name for name in moved)
     assert any("lora_B" in name for name in moved)
     assert any("modules_to_save" in name for name in moved) == ("modules_to_save" in fields)
@@ -157,8 +153,7 @@ def test_a_run_of_continued_adapters_resumes(base: Path) -> None:
     recipe = recipe_of(base, {"adapter": str(adapters_of_peft(base, r=3))})
     whole = Trainer(recipe, quiet=True)
     whole.fit()
-    again = resumed(recipe.model_copy(update={"run_name": "again"}))
-    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(whole).items())
+    check_resumes(whole, recipe)
 
 
 @pytest.mark.sweep

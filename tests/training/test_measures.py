@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.helpers.objective_recipes import LOWER, objective_recipe, resumed, weights
+from tests.helpers.objective_recipes import LOWER, check_resumes, objective_recipe
 from toolkit.config import validate
 from toolkit.config.outputs import EvaluateSection
 from toolkit.errors import ToolkitError
@@ -84,9 +83,8 @@ def test_resuming_knows_the_best(tmp_path: Path) -> None:
     )  # fmt: skip
     whole = Trainer(recipe, quiet=True)
     whole.fit()
-    again = resumed(recipe.model_copy(update={"run_name": "again"}))
+    again = check_resumes(whole, recipe)
     assert again.measures.best_step == whole.measures.best_step
-    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(whole).items())
     pointers = [(tmp_path / "runs" / name / "checkpoints" / BEST).read_text() for name in ("sft", "again")]
     assert pointers[0] == pointers[1]
 

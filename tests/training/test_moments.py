@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.objective_recipes import LOWER, WARMUP, objective_recipe, resumed, weights
+from tests.helpers.objective_recipes import LOWER, WARMUP, check_resumes, objective_recipe
 from toolkit.training import moments
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import read_metrics
@@ -46,9 +46,7 @@ def test_resuming_is_exact(precision: str, tmp_path: Path, small: None) -> None:
     recipe = objective_recipe(tmp_path, "sft", {}, **{**PRECISIONS[precision], "optimizer": EIGHT_BIT})
     whole = Trainer(recipe, quiet=True)
     whole.fit()
-    again = resumed(recipe.model_copy(update={"run_name": "again"}))
-    for name, tensor in weights(whole).items():
-        assert torch.equal(tensor, weights(again)[name]), name
+    again = check_resumes(whole, recipe)
     states = [
         [trainer.optimizer.optimizer.state[parameter] for parameter in trainer.hf_model.parameters()]
         for trainer in (whole, again)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.objective_recipes import LOWER, objective_recipe, resumed, weights
+from tests.helpers.objective_recipes import LOWER, check_resumes, moved_by_training, objective_recipe
 from toolkit.engine.pooling import PoolingEngine, PoolingInput, PoolingParams
 from toolkit.errors import ToolkitError
 from toolkit.loading import find_source, load_weights
@@ -93,10 +93,7 @@ def test_resuming_is_exact(lora: dict[str, Any] | None, tmp_path: Path) -> None:
     warmup = {"warmup": {"max_steps": 2, "batch_tokens": 128}} if lora else {}
     recipe = objective_recipe(tmp_path, "reward", {"task": LOWER, "pairs": 6, **warmup}, model={"lora": lora})
     whole = Trainer(recipe, quiet=True)
-    before = weights(whole)
-    whole.fit()
-    moved = {name for name, tensor in weights(whole).items() if not torch.equal(tensor, before[name])}
+    moved = moved_by_training(whole)
     assert any("score" in name for name in moved)
     assert bool(lora) == any("lora_B" in name for name in moved)
-    again = resumed(recipe.model_copy(update={"run_name": "again"}))
-    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(whole).items())
+    check_resumes(whole, recipe)
