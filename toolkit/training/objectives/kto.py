@@ -9,7 +9,6 @@ from toolkit.config.base import Count
 from toolkit.config.objective import OfflineSection, Positive
 from toolkit.errors import ToolkitError
 from toolkit.packing import in_batches
-from toolkit.training.examples import check_misses
 from toolkit.training.formats import PREFERENCE_FORMATS, Format, options, preference, read
 from toolkit.training.jsonl import Line, kind_of
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext, divided
@@ -128,15 +127,7 @@ class KTO(OfflineObjective[KTOSection]):
         return self.section.lines
 
     def updates(self, step: int) -> Iterator[Sequence[list[Judged]]]:
-        examples: list[Judged] = []
-        misses = 0
-        for _ in range(self._lines):
-            found: list[Judged] = []
-            while not found:
-                found = self.examples(self.stream.take(1)[0])
-                misses = 0 if found else misses + 1
-                check_misses(misses)
-            examples += found
+        examples: list[Judged] = [one for _ in range(self._lines) for one in self.next_examples()]
         total, self._tokens = self.context.reduce_sum([len(examples), sum(len(one.completion) for one in examples)])
         micros = self._compared(examples)
         for one in examples:
@@ -238,10 +229,8 @@ class KTO(OfflineObjective[KTOSection]):
         from toolkit.patching.eval_mode import eval_mode
 
         context = self.context
-        sources = self.held_out_sources()
-        mine = [one for source in sources[context.rank :: context.world_size] for one in self.examples(source)]
-        (total,) = context.reduce_sum([len(mine)])
-        if len(sources) < context.world_size or not total:
+        mine, total = self.held_out_examples()
+        if not total:
             return {"eval_samples": 0}
         micros = self._compared(mine)
         with torch.no_grad(), eval_mode(context.model):
@@ -251,7 +240,7 @@ class KTO(OfflineObjective[KTOSection]):
                 sequences, lengths = _sequences(micro)
                 logps = _sums(context.model(sequences, last=lengths))
                 self._count(micro, logps, logps - logps.new_tensor([one.reference for one in micro]))
-        return {"eval_samples": int(total), **{f"eval_{name}": value for name, value in self._metrics().items()}}
+        return {"eval_samples": total, **{f"eval_{name}": value for name, value in self._metrics().items()}}
 
     def show(self, before: Metrics | None, after: Metrics) -> None:
         if after["eval_samples"]:

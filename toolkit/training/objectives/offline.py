@@ -10,7 +10,7 @@ from toolkit.config import Recipe
 from toolkit.config.objective import OfflineSection
 from toolkit.errors import ToolkitError
 from toolkit.training import data_report, formats
-from toolkit.training.examples import LineStream, Stream
+from toolkit.training.examples import LineStream, Stream, check_misses
 from toolkit.training.given import GivenLines, open_lines
 from toolkit.training.jsonl import BadLine, Line, bad_lines_error, shown
 from toolkit.training.objectives.base import CHECKED_PROBLEMS, Objective, RunContext, task_texts
@@ -265,6 +265,21 @@ class OfflineObjective(Objective[O]):
             return stream.take(evaluation.max_eval_samples)
         assert self.dataset is not None
         return self.dataset.held_out[: evaluation.max_eval_samples]
+
+    def next_examples(self) -> list[Any]:
+        """The examples of the next source that has any."""
+        misses = 0
+        while not (found := self.examples(self.stream.take(1)[0])):
+            misses += 1
+            check_misses(misses)
+        return found
+
+    def held_out_examples(self) -> tuple[list[Any], int]:
+        """This process's held-out examples, and how many all have; none where there are too few sources."""
+        context, sources = self.context, self.held_out_sources()
+        mine = [one for source in sources[context.rank :: context.world_size] for one in self.examples(source)]
+        (total,) = context.reduce_sum([len(mine)])
+        return ([], 0) if len(sources) < context.world_size else (mine, int(total))
 
     def close(self) -> None:
         if self._prepared is not None:

@@ -7,7 +7,6 @@ from typing import TypeVar
 from toolkit.config.base import Count
 from toolkit.config.objective import OfflineSection
 from toolkit.packing import in_batches
-from toolkit.training.examples import check_misses
 from toolkit.training.formats import PREFERENCE_FORMATS, options, preference, read
 from toolkit.training.jsonl import Line
 from toolkit.training.objectives.base import MetricAccumulator, RunContext, divided
@@ -78,12 +77,8 @@ class OnPairs(OfflineObjective[P]):
     def _take(self, count: int) -> list[Pair]:
         """The next pairs; sources that give none are passed over."""
         pairs: list[Pair] = []
-        misses = 0
         while len(pairs) < count:
-            found = self.examples(self.stream.take(1)[0])
-            misses = 0 if found else misses + 1
-            check_misses(misses)
-            pairs += found
+            pairs += self.next_examples()
         return pairs
 
     @property
@@ -114,14 +109,10 @@ class OnPairs(OfflineObjective[P]):
 
     def held_out_pairs(self) -> tuple[list[Pair], int]:
         """This process's held-out pairs, and how many all have; none where there are too few lines."""
-        context, sources = self.context, self.held_out_sources()
-        mine = [pair for source in sources[context.rank :: context.world_size] for pair in self.examples(source)]
-        (total,) = context.reduce_sum([len(mine)])
-        if len(sources) < context.world_size:
-            return [], 0
+        mine, total = self.held_out_examples()
         for pair in mine:
             pair.weight = 1.0
-        return mine, int(total)
+        return mine, total
 
 
 def sequences_of(micro: Sequence[Pair]) -> tuple[list[list[int]], list[int]]:

@@ -11,7 +11,6 @@ from toolkit.config.base import Count
 from toolkit.config.objective import OfflineSection
 from toolkit.ops import IGNORED
 from toolkit.packing import in_batches
-from toolkit.training.examples import check_misses
 from toolkit.training.formats import Stepwise, stepwise
 from toolkit.training.jsonl import Line
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext, divided
@@ -149,15 +148,7 @@ class PRM(OfflineObjective[PRMSection]):
         return self.section.lines
 
     def updates(self, step: int) -> Iterator[Sequence[list[Steps]]]:
-        examples: list[Steps] = []
-        misses = 0
-        for _ in range(self._lines):
-            found: list[Steps] = []
-            while not found:
-                found = self.examples(self.stream.take(1)[0])
-                misses = 0 if found else misses + 1
-                check_misses(misses)
-            examples += found
+        examples: list[Steps] = [one for _ in range(self._lines) for one in self.next_examples()]
         last_only = self.section.train_on_last_step_only
         labels, self._tokens = self.context.reduce_sum(
             [sum(one.counted(last_only) for one in examples), sum(len(one.ids) for one in examples)]
@@ -211,10 +202,9 @@ class PRM(OfflineObjective[PRMSection]):
 
         from toolkit.patching.eval_mode import eval_mode
 
-        context, sources = self.context, self.held_out_sources()
-        mine = [one for source in sources[context.rank :: context.world_size] for one in self.examples(source)]
-        (total,) = context.reduce_sum([len(mine)])
-        if len(sources) < context.world_size or not total:
+        context = self.context
+        mine, total = self.held_out_examples()
+        if not total:
             return {"eval_samples": 0}
         self.sums.add(**dict.fromkeys(SUMS, 0.0))  # a process may have none
         micros = self._batches(mine)
@@ -225,7 +215,7 @@ class PRM(OfflineObjective[PRMSection]):
                 self._losses(context.model, micro, last_only=False)
         got = self.sums.take(context)
         return {
-            "eval_samples": int(total),
+            "eval_samples": total,
             "eval_loss": got["loss"] / got["steps"],
             "eval_accuracy": got["accuracy"] / got["steps"],
             "eval_right_steps": got["right"] / got["steps"],
