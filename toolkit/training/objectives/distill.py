@@ -182,10 +182,8 @@ class Distillation(WithTeacher[DistillSection]):
             for one in group
         ]
 
-    def weigh(self, targets: Sequence[Target]) -> list[Target]:
-        """The loss is a mean over the tokens of all processes."""
-        (total,) = self.context.reduce_sum([sum(one.counted for one in targets)])
-        return [one._replace(weight=self.context.world_size / total) for one in targets]
+    def weight(self, one: Target, tokens: float, completions: float) -> float:
+        return self.context.world_size / tokens
 
     def finish(self) -> tuple[int, dict[str, float]]:
         share = {"on_policy": float(self._sampled)} if self.section.lmbda < 1.0 else {}

@@ -101,8 +101,8 @@ class WithTeacher(OnPolicyObjective[D]):
         """Completions to learn, without weights."""
 
     @abstractmethod
-    def weigh(self, targets: Sequence[Target]) -> list[Target]:
-        """This process's targets of a step with their weights."""
+    def weight(self, one: Target, tokens: float, completions: float) -> float:
+        """Of each token of a target that counts; all processes have so many of them, and so many targets, in a step."""
 
     @abstractmethod
     def teacher_logits(self, forward: Callable[..., Any], batch: "RaggedBatch", rows: "Tensor") -> "Tensor":
@@ -117,11 +117,15 @@ class WithTeacher(OnPolicyObjective[D]):
         super().bind(context)
         self._how = self.comparison()
 
+    def weigh(self, targets: Sequence[Target]) -> list[Target]:
+        """This process's targets of a step with their weights; counts the trained tokens."""
+        tokens, completions = self.context.reduce_sum([sum(one.counted for one in targets), len(targets)])
+        self.trained_tokens = int(tokens)
+        return [one._replace(weight=self.weight(one, tokens, completions)) for one in targets]
+
     def micro_batches(self, targets: Sequence[Target]) -> list[MicroBatch]:
-        """Forwards of ``train.batch_tokens``, as many in every process; counts the trained tokens."""
+        """Forwards of ``train.batch_tokens``, as many in every process."""
         packs = in_batches(targets, self._cost, self.recipe.train.batch_tokens)
-        (total,) = self.context.reduce_sum([sum(one.counted for one in targets)])
-        self.trained_tokens = int(total)
         count = self.context.reduce_max(len(packs))
         micros = [self._micro(pack) for pack in packs]
         padding = micros[0]._replace(weights=micros[0].weights * 0.0, real=False)

@@ -148,10 +148,8 @@ class SDFT(WithTeacher[SDFTSection]):
             ]  # fmt: skip
         return found
 
-    def weigh(self, targets: Sequence[Target]) -> list[Target]:
-        (count,) = self.context.reduce_sum([len(targets)])
-        share = self.context.world_size / count
-        return [one._replace(weight=share / max(one.counted, 1)) for one in targets]
+    def weight(self, one: Target, tokens: float, completions: float) -> float:
+        return self.context.world_size / completions / max(one.counted, 1)
 
     def teacher_logits(self, forward: Callable[..., Any], batch: "RaggedBatch", rows: "Tensor") -> "Tensor":
         from toolkit.patching.eval_mode import eval_mode
