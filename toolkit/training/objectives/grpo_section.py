@@ -109,24 +109,20 @@ class GRPOSection(OnPolicySection):
                 "objective.rollout.temperature must be 1.0 with objective.kind 'grpo', which trains the distribution "
                 f"that it samples from, got {self.rollout.temperature}"
             )
-        several = self.environment_factory is not None or bool(self.tools)
-        if self.environment is not None and several:
+        by_tools = self.environment_factory is not None or bool(self.tools)
+        several_turns = by_tools or self.environment is not None
+        if self.environment is not None and by_tools:
             raise ValueError(
                 "objective.environment must be null with objective.environment_factory or objective.tools, got "
                 f"{self.environment!r}"
             )
-        if self.max_turns is not None and self.environment is None and not several:
-            raise ValueError(
-                "objective.max_turns must be null without objective.environment, objective.environment_factory and "
-                f"objective.tools, got {self.max_turns}"
-            )
-        for name in ("environment_timeout", "episode_timeout"):
-            if getattr(self, name) is not None and self.environment is None and not several:
+        for name in ("max_turns", "environment_timeout", "episode_timeout"):
+            if getattr(self, name) is not None and not several_turns:
                 raise ValueError(
                     f"objective.{name} must be null without objective.environment, objective.environment_factory and "
                     f"objective.tools, got {getattr(self, name)}"
                 )
-        if (several or self.environment is not None) and self.rollout.structured_outputs is not None:
+        if several_turns and self.rollout.structured_outputs is not None:
             raise ValueError("objective.rollout.structured_outputs must be null with several turns")
         if self.multi_objective_aggregation != "sum_then_normalize" and not self.reward_funcs:
             raise ValueError(
@@ -150,8 +146,7 @@ class GRPOSection(OnPolicySection):
                 "objective.importance_sampling_clip_max must be null with objective.loss_type 'vespo', got "
                 f"{self.importance_sampling_clip_max}"
             )
-        several = several or self.environment is not None
-        if self.rollout_func is not None and (several or self.replay_routing or self.replay_selection):
+        if self.rollout_func is not None and (several_turns or self.replay_routing or self.replay_selection):
             raise ValueError(
                 "objective.rollout_func must be null with an environment, tools, replay_routing or replay_selection, "
                 f"got '{self.rollout_func}'"
