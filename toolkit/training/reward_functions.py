@@ -1,6 +1,5 @@
 """Reward functions as TRL has them: called once for all completions of a step, by name, with the lines' columns."""
 
-import asyncio
 import inspect
 import math
 import re
@@ -16,7 +15,7 @@ from toolkit.errors import ToolkitError, first_line
 from toolkit.training.background_loop import LOOP, is_async
 from toolkit.training.reward_models import RewardModelFunction
 from toolkit.training.tasks.base import call_checked, finite_reward, imported
-from toolkit.training.timed_call import TookTooLong, timed_call
+from toolkit.training.timed_call import TookTooLong, awaited_within, timed_call
 
 if TYPE_CHECKING:
     import torch
@@ -180,7 +179,7 @@ class RewardFunctions:
         """An asynchronous function's call, which has begun."""
         if not is_async(function):
             return None
-        return LOOP.submit(_within(self.timeout, function(**self._arguments(lists))))
+        return LOOP.submit(awaited_within(self.timeout, function(**self._arguments(lists))))
 
     def _called(self, function: RewardFunction, lists: Mapping[str, list[Any]], pending: "Future[Any] | None") -> Any:
         if pending is None:
@@ -191,7 +190,7 @@ class RewardFunctions:
                 value = timed_call(lambda: function(**arguments), self.timeout)
             if not inspect.isawaitable(value):
                 return value
-            pending = LOOP.submit(_within(self.timeout, value))
+            pending = LOOP.submit(awaited_within(self.timeout, value))
         return pending.result()
 
     def _of_function(
@@ -245,14 +244,3 @@ def _distinct(names: Sequence[str]) -> list[str]:
         others = (f"{name}_{number}" for number in count(2))
         found.append(name if name not in found else next(other for other in others if other not in found))
     return found
-
-
-async def _within(timeout: float | None, awaitable: Any) -> Any:
-    """What is awaited. Raises TookTooLong, where it is not there in time."""
-    try:
-        async with asyncio.timeout(timeout) as bound:
-            return await awaitable
-    except TimeoutError:
-        if bound.expired():
-            raise TookTooLong from None
-        raise  # the function's own

@@ -4,7 +4,7 @@ import asyncio
 import ctypes
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from toolkit.training.background_loop import is_async
@@ -63,23 +63,25 @@ async def called_within(
     Raises:
         TimeoutError: the time is over.
     """
-    late = TimeoutError("" if timeout is None else f"it took longer than {field}, which is {timeout:g} seconds")
-    if timeout is None or is_async(function):
-        value = function(*args, **options)
-    else:
-        async with _one_at_a_time:
-            try:
+    try:
+        if timeout is None or is_async(function):
+            value = function(*args, **options)
+        else:
+            async with _one_at_a_time:
                 value = await asyncio.to_thread(timed_call, lambda: function(*args, **options), timeout)
-            except TookTooLong:
-                raise late from None
-    if not inspect.isawaitable(value):
-        return value
+        return await awaited_within(timeout, value) if inspect.isawaitable(value) else value
+    except TookTooLong:
+        raise TimeoutError(f"it took longer than {field}, which is {timeout:g} seconds") from None
+
+
+async def awaited_within(timeout: float | None, awaitable: Awaitable[Any]) -> Any:
+    """What is awaited. Raises TookTooLong where it is not there in time; None is no bound."""
     try:
         async with asyncio.timeout(timeout) as bound:
-            return await value
+            return await awaitable
     except TimeoutError:
         if bound.expired():
-            raise late from None
+            raise TookTooLong from None
         raise  # the function's own
 
 
