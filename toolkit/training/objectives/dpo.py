@@ -1,5 +1,6 @@
 """Direct preference optimisation and its relatives: preferences relative to a frozen reference."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -49,14 +50,19 @@ class DPOSection(PreferenceSection):
     them; TRL's ``loss_type: [sigmoid, sft]``."""
 
     @property
+    def loss_types(self) -> Sequence[str]:
+        """``loss_type`` as several."""
+        return [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+
+    @property
     def losses(self) -> list[tuple[str, float]]:
         """Names and weights."""
-        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        names = self.loss_types
         return list(zip(names, self.loss_weights or [1.0] * len(names), strict=True))
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:
-        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        names = self.loss_types
         if self.loss_weights is not None and len(self.loss_weights) != len(names):
             raise ValueError(
                 f"objective.loss_weights must have a weight for each of {len(names)} objective.loss_type, got "
