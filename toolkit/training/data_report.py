@@ -72,9 +72,7 @@ class DataReport:
         """Bring together what the processes have seen."""
         if context.world_size == 1:
             return
-        from accelerate.utils import gather_object
-
-        parts: list[DataReport] = gather_object([self])
+        parts: list[DataReport] = context.gather_objects(self)
         self.sources = sum(part.sources for part in parts)
         self.counts = sum((part.counts for part in parts), Counter())
         self.turn_ends = sum((part.turn_ends for part in parts), Counter())
