@@ -12,6 +12,7 @@ from toolkit.engine.pooling import PoolingEngine, PoolingInput, PoolingParams
 from toolkit.errors import ToolkitError
 from toolkit.loading import find_source, load_weights
 from toolkit.ops import IGNORED
+from toolkit.training.formats import stepwise
 from toolkit.training.loop import Trainer, train
 from toolkit.training.objectives.prm import PRM
 
@@ -71,23 +72,17 @@ def test_prompts_are_cut_at_their_beginning_and_steps_at_their_end(tmp_path: Pat
     recipe = recipe_of(tmp_path, [long, *LINES], max_prompt_length=5)
     objective = Trainer(recipe, quiet=True).objective
     assert isinstance(objective, PRM)
-    (whole,) = objective._tokenised(objective_line(long)).examples
+    (whole,) = objective._tokenised(stepwise(long)).examples
     assert whole.labels[:5] == [IGNORED] * 5
     assert [label for label in whole.labels if label != IGNORED] == [1, 0]
     room = len(whole.ids) - 1
     objective.recipe = objective.recipe.model_copy(
         update={"train": objective.recipe.train.model_copy(update={"max_length": room})}
     )
-    (cut,) = objective._tokenised(objective_line(long)).examples
+    (cut,) = objective._tokenised(stepwise(long)).examples
     assert (cut.ids, cut.cut) == (whole.ids[:room], True)
     assert cut.counted() == 1
     assert cut.counted(last_only=True) == 0  # its last step is left out
-
-
-def objective_line(line: dict[str, Any]) -> Any:
-    from toolkit.training.formats import stepwise
-
-    return stepwise(line)
 
 
 @pytest.mark.parametrize(
