@@ -44,6 +44,7 @@ ROWWISE = {
     "rotary half bf16 4096": ["sm_90", "sm_100"],
     "rotary interleaved bf16 4096": ["sm_90"],
     "rotary_tables axes fp32 128": ["sm_90", "gfx942"],
+    "rotary_write normed bf16 128": ["sm_90", "gfx942"],
     "add_rms_norm bf16 8192": ["sm_80", "sm_90", "gfx942"],
     "add_rms_norm fp32 512": ["sm_90"],
     "layer_norm bf16 4096": ["sm_90", "gfx942"],
@@ -144,7 +145,7 @@ def attention_of_tile(tile: GemmTile, dtype: torch.dtype, head_dim: int, paged: 
 
 ROWWISE_OPS = [
     "activation", "layer_norm", "rms_norm", "rotary", "state_write", "token_logprob", "gated_activation",
-    "add_rms_norm", "rotary_tables",
+    "add_rms_norm", "rotary_tables", "rotary_write",
 ]  # fmt: skip
 RECURRENT_OPS = ["linear_recurrence", "causal_conv"]
 

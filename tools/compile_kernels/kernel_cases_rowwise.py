@@ -120,6 +120,21 @@ def rotary_case(dtype: torch.dtype, width: int, *, interleaved: bool) -> Callabl
     return call
 
 
+def rotary_write_case(dtype: torch.dtype, *, normed: bool) -> Callable[[], None]:
+    """32 heads of queries and 8 of keys and values, parts of one projection's rows; the tables in the model's dtype."""
+
+    def call() -> None:
+        from toolkit.ops.rotary_write.triton import rotary_write
+
+        heads = [32 * 128, 8 * 128, 8 * 128]
+        q, k, v = torch.empty(ROWS, sum(heads), dtype=dtype).split(heads, 1)
+        weight, table = torch.empty(128, dtype=dtype) if normed else None, torch.empty(ROWS, 128, dtype=dtype)
+        pool, slots = torch.empty(4 * ROWS, 8, 128, dtype=dtype), torch.empty(ROWS, dtype=torch.int64)
+        rotary_write(q, k, v, weight, weight, 1e-6 if normed else None, 0.0, table, table, False, pool, pool, slots)
+
+    return call
+
+
 def rotary_tables_case(dtype: torch.dtype, *, axes: bool) -> Callable[[], None]:
     def call() -> None:
         from toolkit.ops.rotary.triton_tables import rotary_tables
@@ -144,6 +159,8 @@ def cases() -> dict[str, Callable[[], None]]:
             found[f"gated_activation {kind} {short} 4096"] = gated_activation_case(dtype, 4096, kind)
         for axes in (False, True):
             found[f"rotary_tables{' axes' * axes} {short} 128"] = rotary_tables_case(dtype, axes=axes)
+        for normed in (False, True):
+            found[f"rotary_write{' normed' * normed} {short} 128"] = rotary_write_case(dtype, normed=normed)
         for width in WIDTHS:
             for interleaved in (False, True):
                 name = f"rotary {'interleaved' if interleaved else 'half'} {short} {width}"

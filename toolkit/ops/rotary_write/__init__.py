@@ -12,7 +12,7 @@ _OP: Op[Tensor] = register(
     " Tensor cos, Tensor sin, bool interleaved, Tensor(a!) keys, Tensor(b!) values, Tensor slots) -> Tensor",
     reference=reference.rotary_write,
     fake=reference.rotary_write_fake,
-    triton="toolkit.ops.rotary_write.reference.rotary_write",  # the ops one after the other, by their own kernels
+    triton="toolkit.ops.rotary_write.triton.rotary_write",
 )
 _INT8: Op[Tensor] = register(
     "rotary_write_int8(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float? eps, float offset,"
@@ -20,7 +20,7 @@ _INT8: Op[Tensor] = register(
     " Tensor(d!) value_scales, Tensor slots) -> Tensor",
     reference=reference.rotary_write_int8,
     fake=reference.rotary_write_int8_fake,
-    triton="toolkit.ops.rotary_write.reference.rotary_write_int8",
+    triton="toolkit.ops.rotary_write.reference.rotary_write_int8",  # the ops one after the other, by their kernels
 )
 
 
@@ -66,8 +66,8 @@ def rotary_write(
     Raises:
         RuntimeError: for shapes or dtypes that do not fit; for a slot outside the pools, before anything is written.
 
-    Numerics: bitwise identical to the ops one after the other, 16-bit rows rounded as they round them. On CUDA it is
-    those ops.
+    Numerics: bitwise identical to the ops one after the other, 16-bit rows rounded as they round them. On CUDA one
+    launch, too; a slot outside the pools is skipped there.
     """
     return _OP.select(impl)(q, k, v, q_weight, k_weight, eps, offset, cos, sin, interleaved, keys, values, slots)
 
