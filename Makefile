@@ -33,7 +33,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/mypy
 
 sweep: $(VENV)/.dev ## the exhaustive variants of the tests
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m sweep
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'sweep and not soak'
 
 soak: $(VENV)/.dev $(VENV)/.pretrained ## other packages' environments, soaks and long comparisons
 	$(PYTEST) -m soak -rs

@@ -22,16 +22,17 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
-LONG = Path(__file__).with_name("long_tests.txt")
+# Written by tools/long_tests.py: cases that run one level later than their marks say, for their length.
+LONG = {level: Path(__file__).with_name(f"{level}_tests.txt") for level in ("sweep", "soak")}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases of long_tests.txt, which tools/long_tests.py writes, run in the sweep."""
-    long = set(LONG.read_text(encoding="utf-8").splitlines())
-    for item in items:
-        if item.nodeid in long and not any(item.iter_markers("soak")):
-            item.add_marker(pytest.mark.sweep)
+    for level, path in LONG.items():
+        long = set(path.read_text(encoding="utf-8").splitlines())
+        for item in items:
+            if item.nodeid in long and not any(item.iter_markers("soak")):
+                item.add_marker(level)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
-"""The list of cases that run in the sweep for their length: how it is written, and that what it names is there."""
+"""The lists of cases that run a level later for their length: how they are written, and that what they name is there."""
 
 import ast
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import LONG
 from tools.long_tests import durations, long_cases
@@ -22,12 +24,15 @@ def test_one_case_of_each_test_stays_unless_it_takes_long_alone() -> None:
     measured = durations(log)
     assert measured["tests/a.py::test_one[x]"] == 2.0
     found = {"tests/a.py::test_one[x-y z]", "tests/a.py::test_two[y]"}
-    assert long_cases(measured, 1.5, alone=9.0) == found
-    assert long_cases(measured, 1.5, alone=8.0) == {*found, "tests/a.py::test_three"}
+    stays = ("tests/test_parity.py::",)
+    assert long_cases(measured, 1.5, 9.0, stays) == found
+    assert long_cases(measured, 1.5, 8.0, stays) == {*found, "tests/a.py::test_three"}
+    assert long_cases(measured, 1.5, 8.0) == {*found, "tests/a.py::test_three", "tests/test_parity.py::test_four"}
 
 
-def test_what_is_listed_is_there() -> None:
-    tests = {line.partition("[")[0] for line in LONG.read_text(encoding="utf-8").splitlines()}
+@pytest.mark.parametrize("level", LONG)
+def test_what_is_listed_is_there(level: str) -> None:
+    tests = {line.partition("[")[0] for line in LONG[level].read_text(encoding="utf-8").splitlines()}
     for path in {test.partition("::")[0] for test in tests}:
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         defined = {f"{path}::{one.name}" for one in tree.body if isinstance(one, ast.FunctionDef)}

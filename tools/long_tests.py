@@ -1,22 +1,40 @@
-"""Which cases of the tests are too long for ``make test``: measured, and listed in tests/long_tests.txt.
+"""Which cases of the tests run one level later for their length: measured, and listed in tests/*_tests.txt.
 
 ::
 
     make test PYTEST_ADDOPTS="--durations=0 --durations-min=0.05" > log
-    python -m tools.long_tests log --seconds 0.3 --alone 2.5
+    python -m tools.long_tests log --level sweep
+    make sweep PYTEST_ADDOPTS="--durations=0 --durations-min=0.05" > log
+    python -m tools.long_tests log --level soak
 
-Cases that took longer run in the sweep (tests/conftest.py). One case of each test stays, the shortest, unless it alone
-takes longer than ``--alone``. What proves that training and serving agree (``STAYS``) stays whole. Entries of cases
-that the log does not have, such as those that are listed already, are kept.
+Cases that took longer than the level before allows run in ``--level`` (tests/conftest.py). One case of each test stays,
+the shortest, unless it alone takes longer than ``--alone``. What proves that training and serving agree stays whole in
+``make test``. Entries of cases that the log does not have, such as those that are listed already, are kept.
 """
 
 import argparse
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
-LIST = Path(__file__).parent.parent / "tests" / "long_tests.txt"
-STAYS = "tests/test_parity.py::"
+TESTS = Path(__file__).parent.parent / "tests"
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level of the tests, and what stays in the one before: up to so many seconds of a case, of a test's shortest, files."""
+
+    list: Path
+    seconds: float
+    alone: float
+    stays: tuple[str, ...] = ()
+
+
+LEVELS = {
+    "sweep": Level(TESTS / "sweep_tests.txt", 0.3, 2.5, stays=("tests/test_parity.py::",)),
+    "soak": Level(TESTS / "soak_tests.txt", 5, 30),
+}
 _LINE = re.compile(r"^ *([\d.]+)s call +(tests/\S+?::.+)$")
 
 
@@ -29,11 +47,11 @@ def durations(log: str) -> dict[str, float]:
     return dict(found)
 
 
-def long_cases(seconds_of: dict[str, float], most: float, alone: float) -> set[str]:
+def long_cases(seconds_of: dict[str, float], most: float, alone: float, stays: tuple[str, ...] = ()) -> set[str]:
     """Cases over ``most`` seconds, but of a test all of whose measured cases are, the shortest if up to ``alone``."""
     of_test: dict[str, list[str]] = defaultdict(list)
     for case in seconds_of:
-        if not case.startswith(STAYS):
+        if not case.startswith(stays):
             of_test[case.partition("[")[0]].append(case)
     found = {case for cases in of_test.values() for case in cases if seconds_of[case] > most}
     for cases in of_test.values():
@@ -46,13 +64,17 @@ def long_cases(seconds_of: dict[str, float], most: float, alone: float) -> set[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", type=Path, help="output of pytest with --durations=0")
-    parser.add_argument("--seconds", type=float, default=0.3, help="that a case may take (0.3)")
-    parser.add_argument("--alone", type=float, default=2.5, help="that the shortest case of a test may take (2.5)")
+    parser.add_argument("--level", choices=LEVELS, default="sweep", help="where they run (sweep)")
+    parser.add_argument("--seconds", type=float, help="that a case may take in the level before")
+    parser.add_argument("--alone", type=float, help="that the shortest case of a test may take there")
     args = parser.parse_args()
+    level = LEVELS[args.level]
+    most = level.seconds if args.seconds is None else args.seconds
+    alone = level.alone if args.alone is None else args.alone
     measured = durations(args.log.read_text(encoding="utf-8"))
-    before = set(LIST.read_text(encoding="utf-8").splitlines()) if LIST.exists() else set()
-    cases = sorted((before - measured.keys()) | long_cases(measured, args.seconds, args.alone))
-    LIST.write_text("".join(f"{case}\n" for case in cases), encoding="utf-8")
+    before = set(level.list.read_text(encoding="utf-8").splitlines())
+    cases = sorted((before - measured.keys()) | long_cases(measured, most, alone, level.stays))
+    level.list.write_text("".join(f"{case}\n" for case in cases), encoding="utf-8")
     moved = sum(measured.get(case, 0.0) for case in cases)
     print(f"{len(cases)} cases; {moved:.0f} of {sum(measured.values()):.0f} s measured")
 
