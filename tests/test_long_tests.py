@@ -1,4 +1,4 @@
-"""The lists of cases that run a level later for their length: how they are written, and that what they name is there."""
+"""Lists of cases that run a level later for their length: how they are written, and that what they name is there."""
 
 import ast
 from pathlib import Path

@@ -23,7 +23,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 
 @dataclass(frozen=True)
 class Level:
-    """A level of the tests, and what stays in the one before: up to so many seconds of a case, of a test's shortest, files."""
+    """A level of the tests. What stays in the one before: up to ``seconds``, a test's shortest up to ``alone``."""
 
     list: Path
     seconds: float
