@@ -11,7 +11,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full test lint sweep soak clean
+.PHONY: help setup demo demo-full test lint sweep check soak clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -34,6 +34,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 sweep: $(VENV)/.dev ## the exhaustive variants of the tests
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'sweep and not soak'
+
+check: lint ## lint, types, the tests and their exhaustive variants: what .ci/run runs
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not soak'
 
 soak: $(VENV)/.dev $(VENV)/.pretrained ## other packages' environments, soaks and long comparisons
 	$(PYTEST) -m soak -rs
