@@ -4,17 +4,25 @@ import json
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from tests.helpers.routers import free_port
 from tests.helpers.server_process import serving
 from toolkit.engine import Engine, SamplingParams
+from toolkit.engine.weight_group import BUFFER_SIZE, WeightGroup
+from toolkit.errors import ToolkitError
 from toolkit.loading import load_model
 
 PROMPT = [5, 17, 80, 3, 9, 200, 41, 7, 7, 12, 19, 33, 2, 64, 90, 11, 8]
+ONE = {"names": ["model.norm.weight"], "dtype_names": ["float32"], "shapes": [[64]]}
+GLOO = {"backend": "gloo", "master_address": "127.0.0.1", "master_port": 1}
 SAMPLING = {"temperature": 1.0, "seed": 7, "max_tokens": 24, "logprobs": 0, "ignore_eos": True}
 
 
@@ -209,13 +217,24 @@ def test_a_folder_that_does_not_fit_changes_nothing(server, folders, kind, words
     [
         ("/update_weights", {}, 400, "'weight_dir' must be given, and nothing else names weights, got none."),
         ("/update_weights", {"weight_dir": "a", "model_path": "b"}, 400, "got weight_dir, model_path."),
-        ("/update_weights", {"update_info": {"names": []}}, 501, 'POST /update_weights {"weight_dir": "FOLDER"}.'),
+        ("/update_weights", {"update_info": {"names": []}}, 400, "'update_info.names' must be a list of at least 1"),
+        ("/update_weights", {"update_info": {**ONE, "shapes": []}}, 400, "'shapes' must have 1 items, as 'names' has"),
+        ("/update_weights", {"update_info": {**ONE, "dtype_names": ["int8"]}}, 400, "'update_info.dtype_names[0]'"),
+        ("/update_weights", {"update_info": ONE}, 409, 'or POST /update_weights {"weight_dir": "FOLDER"}.'),
+        ("/update_weights", {"update_info": {"ipc_handles_pickled": ""}}, 501, "receives no tensors over NCCL"),
         ("/update_weights", {"update_info": {"mood": 1}}, 400, "'update_info' must have 'weight_dir' alone"),
         ("/update_weights", {"update_info": {"weight_dir": 1}}, 400, "'update_info.weight_dir' must be text, got 1."),
         ("/update_weights", {"weights": "a"}, 400, "'weights'"),
         ("/start_weight_update", {"is_checkpoint_format": False}, 400, "'is_checkpoint_format' must be true"),
         ("/init_weight_transfer_engine", {}, 400, "'init_info' is required"),
         ("/init_weight_transfer_engine", {"init_info": {"master_port": 1}}, 501, "receives no tensors over NCCL"),
+        ("/init_weight_transfer_engine", {"init_info": {"backend": "gloo"}}, 400, "'init_info.master_address' is req"),
+        (
+            "/init_weight_transfer_engine",
+            {"init_info": {**GLOO, "rank_offset": 2}},
+            400,
+            "must be < 'world_size', got",
+        ),
     ],
 )
 def test_updates_that_are_not_offered_say_what_is(server, path, body, status, words):
@@ -260,6 +279,70 @@ def test_a_trainer_of_other_numerics_is_refused_with_the_part_that_differs(serve
     assert missing.json()["error"]["message"].endswith("got none.")
     more = initialise({**ours, "triton": "3.6"}).json()["error"]["message"]
     assert "must have no triton, as this server has in bitwise mode, got '3.6'." in more
+
+
+class Trainer:
+    """A process that sends weights to the server over gloo."""
+
+    def __init__(self, http, **info):
+        port, self.http = free_port(), http
+        given = {**GLOO, "master_port": port, **info}
+        with self.meanwhile("/init_weight_transfer_engine", init_info=given) as response:
+            size = info.get("packed_buffer_size_bytes", BUFFER_SIZE) if info.get("packed", True) else 0
+            self.group = WeightGroup("127.0.0.1", port, 0, 2, size)
+        assert response.result().status_code == 200
+
+    @contextmanager
+    def meanwhile(self, path, **body):
+        with ThreadPoolExecutor(1) as threads:
+            yield threads.submit(self.http.post, path, json=body)
+
+    def send(self, tensors, check=lambda response: None, **changes):
+        info = {
+            "names": list(tensors), "dtype_names": [str(one.dtype).removeprefix("torch.") for one in tensors.values()],
+            "shapes": [list(one.shape) for one in tensors.values()], **changes,
+        }  # fmt: skip
+        with self.meanwhile("/update_weights", update_info=info) as response:
+            self.group.send(iter(tensors.values()), lambda: check(response))
+        return response.result()
+
+
+def refused(response):
+    if response.done():
+        raise ToolkitError(response.result().json()["error"]["message"])
+
+
+@pytest.mark.parametrize("info", [{"packed_buffer_size_bytes": 3000}, {"packed": False}])
+def test_tensors_that_come_over_a_group_give_the_bits_of_their_folder(server, folders, fresh, info):
+    trainer, before = Trainer(server.http, **info), version(server.http)
+    for count, folder in enumerate((folders.one, folders.two), 1):
+        sent = trainer.send(load_file(folder / "model.safetensors"))
+        assert (sent.status_code, sent.json()["weight_version"]) == (200, before + count)
+        same_bits(bits(generate(server.http)), fresh(folder))
+    norm = {"model.norm.weight": torch.linspace(0.5, 2, 64)}
+    assert trainer.send(norm).status_code == 200  # what is not sent stays
+    mixed = folders.root / f"mixed-{len(info)}-{info.get('packed')}"
+    mixed.mkdir()
+    save_file({**load_file(folders.two / "model.safetensors"), **norm}, mixed / "model.safetensors", {"format": "pt"})
+    same_bits(bits(generate(server.http)), fresh(mixed))
+
+
+def test_tensors_that_do_not_fit_change_nothing_and_end_the_group(server, folders, fresh):
+    assert update(server.http, folders.start).status_code == 200
+    for tensors, words in (
+        ({"model.norm.weight": torch.ones(65)}, r"model.norm.weight must have the shape \[64\], got \[65\]\."),
+        ({"lm_head": torch.ones(64)}, "tensors of the served model only, got lm_head"),
+    ):
+        trainer, number = Trainer(server.http), version(server.http)
+        with pytest.raises(ToolkitError, match=words):
+            trainer.send(tensors, refused)
+        assert server.http.post("/update_weights", json={"update_info": ONE}).status_code == 409
+        assert version(server.http) == number
+        same_bits(bits(generate(server.http)), fresh(folders.start))
+    trainer = Trainer(server.http)
+    with trainer.meanwhile("/update_weights", update_info=ONE) as response:
+        trainer.group = None  # and its store, as when a process ends
+    assert "the other process ended or fell silent" in response.result().json()["error"]["message"]
 
 
 def test_the_model_is_described_to_clients_of_other_servers(server, chat_model):
@@ -369,8 +452,8 @@ def test_trl_s_own_client_drives_the_server(server, folders, fresh, client):
     same_bits(bits(generate(server.http)), fresh(folders.two))
     with pytest.raises(Exception, match="receives no tensors over NCCL"):
         client.init_weight_transfer_engine({"master_address": "x", "master_port": 1, "rank_offset": 1, "world_size": 2})
-    with pytest.raises(Exception, match="receives no tensors over NCCL"):
-        client.update_weights({"names": ["a"], "dtype_names": ["float32"], "shapes": [[1]]})
+    with pytest.raises(Exception, match="There is no group to receive tensors from"):
+        client.update_weights(ONE)
 
 
 def test_trl_s_weight_transfer_through_a_folder(server, folders, fresh, client, tmp_path):

@@ -28,15 +28,15 @@ def _own_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     return found
 
 
-def check_new_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def check_new_weights(model: nn.Module, weights: Mapping[str, Tensor], partial: bool = False) -> None:
     """Raise ToolkitError unless ``weights`` have the names, shapes and kinds of dtype of the model's own state dict.
 
-    Names are those without adapters.
+    Names are those without adapters. With ``partial`` some may be missing.
     """
     state = {name: tensor for name, (_, tensor) in _own_tensors(model).items()}
     split = whole_shapes(model)
     for name in state:
-        if name not in weights:
+        if not partial and name not in weights:
             raise ToolkitError(f"the new weights must have {name}, which they lack.")
     for name, tensor in weights.items():
         if name not in state:
@@ -49,16 +49,24 @@ def check_new_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             raise ToolkitError(f"{name} must have the dtype {there.dtype}, got {tensor.dtype}.")
 
 
-def write_new_weights(engine: AsyncEngine | PoolingQueue, model: nn.Module, weights: Mapping[str, Tensor]) -> int:
+def write_new_weights(
+    engine: AsyncEngine | PoolingQueue, model: nn.Module, weights: Mapping[str, Tensor], partial: bool = False
+) -> int:
     """The weight version after ``weights`` are written into the model's own parameters, between two steps.
 
     Running requests continue under the new weights, with their state of the old ones, as their tokens'
     ``weight_versions`` say. Cached prefixes of the old weights are dropped.
 
+    Args:
+        engine: that runs the model.
+        model: its own.
+        weights: by their names in its state dict, without adapters.
+        partial: whether some may be missing, which stay.
+
     Raises:
         ToolkitError: for weights that do not fit; nothing is written then.
     """
-    check_new_weights(model, weights)
+    check_new_weights(model, weights, partial)
     leading = engine.engine
     if isinstance(leading, LeadingEngine):
         version: int = engine.call(lambda: leading.write_weights(dict(weights)))

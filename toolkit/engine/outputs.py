@@ -44,6 +44,8 @@ class Completion:
             distribution, best first, and before them the token where it is not among them; when
             ``SamplingParams.prompt_logprobs`` asked for them. None for the first token, and of a prompt that was not
             computed to its end.
+        prompt_ranks: with ``prompt_logprobs``, for each token of the prompt its rank among all in its place, 1 for the
+            most probable. None for the first token.
         accepted_prediction_tokens, rejected_prediction_tokens: tokens of ``SamplingParams.predicted_token_ids`` that
             the completion has, followed from its beginning and found again where it leaves them, and those that it does
             not have; with or without speculation. None without a prediction.
@@ -70,6 +72,7 @@ class Completion:
     selected_keys: Tensor | None = field(default=None, compare=False)
     rotary_length: int | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    prompt_ranks: list[int | None] | None = None
     accepted_prediction_tokens: int | None = None
     rejected_prediction_tokens: int | None = None
     num_cached_tokens: int | None = field(default=None, compare=False)

@@ -13,15 +13,16 @@ MOST_ROWS = 256
 """Rows of logits that a sequence asks for in a step: a long prompt's [T, V] would not fit in memory."""
 
 
-def ranked(values: dict[int, float], count: int) -> list[tuple[int, float, int | None]]:
+def ranked(values: dict[int, float], count: int, own: int | None = None) -> list[tuple[int, float, int | None]]:
     """Tokens in the place of one of the prompt, their log-probabilities and ranks, 1 for the most probable.
 
     Args:
         values: an entry of ``Completion.prompt_logprobs``.
-        count: how many most probable tokens were asked for. The prompt's own has no rank where it is not among them.
+        count: how many most probable tokens were asked for.
+        own: the rank of the prompt's token (``Completion.prompt_ranks``), for where it is not among them.
     """
     first = 0 if len(values) > count >= 0 else 1
-    return [(token, value, rank or None) for rank, (token, value) in enumerate(values.items(), first)]
+    return [(token, value, rank or own) for rank, (token, value) in enumerate(values.items(), first)]
 
 
 class PromptLogprobs:
@@ -33,10 +34,12 @@ class PromptLogprobs:
 
     Attributes:
         found: see ``Completion.prompt_logprobs``; of the tokens so far.
+        ranks: see ``Completion.prompt_ranks``; of the same tokens.
     """
 
     def __init__(self, prompt: list[int], count: int) -> None:
         self.found: list[dict[int, float] | None] = [None]
+        self.ranks: list[int | None] = [None]
         self._prompt, self._count = prompt, count
 
     @property
@@ -64,3 +67,7 @@ class PromptLogprobs:
             for row, (token, logprob) in enumerate(zip(tokens, logprobs.tolist())):
                 top = top_logprobs(rows[row], lse[row], self._count)
                 self.found.append(top if token in top else {token: logprob, **top})
+                if token in top:
+                    self.ranks.append(1 + list(top).index(token))
+                else:  # behind them, where it is as probable as the last
+                    self.ranks.append(1 + max(len(top), int((rows[row] > rows[row, token]).sum())))

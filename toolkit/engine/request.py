@@ -210,6 +210,12 @@ class Sequence:
         scored = self.request.prompt_logprobs
         return None if scored is None or not scored.complete else scored.found
 
+    @property
+    def prompt_ranks(self) -> list[int | None] | None:
+        """Of the same tokens."""
+        scored = self.request.prompt_logprobs
+        return None if scored is None or not scored.complete else scored.ranks
+
     def penalised(self, drafted: int = 0) -> bool:
         """Whether penalties or ``min_tokens`` change the logits of the next token, or of the one behind a draft."""
         return self.params.penalised or self.generated + drafted < self.params.min_tokens
@@ -301,6 +307,7 @@ class Sequence:
             error=error,
             rotary_length=request.rotary_length,
             prompt_logprobs=self.prompt_logprobs,
+            prompt_ranks=self.prompt_ranks,
             accepted_prediction_tokens=None if self.prediction is None else self.prediction.num_accepted,
             rejected_prediction_tokens=None if self.prediction is None else self.prediction.num_rejected,
             num_cached_tokens=request.num_cached_tokens,

@@ -175,13 +175,13 @@ def prompt_logprobs(
     completion: Completion, count: int | None, tokenizer: Any
 ) -> list[dict[int, Logprob] | None] | None:
     """``RequestOutput.prompt_logprobs`` of a completion of its prompt, with the ``count`` most probable tokens each."""
-    if completion.prompt_logprobs is None or count is None:
+    if completion.prompt_logprobs is None or completion.prompt_ranks is None or count is None:
         return None
     return [
         None
         if values is None
-        else {token: Logprob(value, rank, _text(token, tokenizer)) for token, value, rank in ranked(values, count)}
-        for values in completion.prompt_logprobs
+        else {token: Logprob(value, rank, _text(token, tokenizer)) for token, value, rank in ranked(values, count, own)}
+        for values, own in zip(completion.prompt_logprobs, completion.prompt_ranks, strict=True)
     ]
 
 

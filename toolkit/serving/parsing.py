@@ -45,6 +45,14 @@ def parse(kind: type[Request], raw: bytes) -> Request:
         raise _sentence(kind, error) from None
 
 
+def parse_part(kind: type[Request], given: dict[str, Any], field: str) -> Request:
+    """The object that a body has as its ``field``. Raises RequestError with one sentence."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _sentence(kind, error, (field,)) from None
+
+
 def parse_query(kind: type[Request], request: HTTPConnection) -> Request:
     """The parameters behind the path of ``request``. Raises RequestError with one sentence."""
     given: dict[str, Any] = {}
@@ -68,9 +76,11 @@ def _has_lone_surrogate(body: Any) -> bool:
     return False
 
 
-def _sentence(kind: type[BaseModel], error: ValidationError) -> RequestError:
+def _sentence(kind: type[BaseModel], error: ValidationError, outer: tuple[str, ...] = ()) -> RequestError:
+    """What is wrong with an object of a ``kind``, which lies at the path ``outer``."""
     first = error.errors(include_url=False)[0]  # pydantic stops at a list's bound, so that there are not many
     owner, where = _owner_and_path(kind, list(first["loc"]))
+    where = [*outer, *where]
     param = (
         "".join(f"[{part}]" if isinstance(part, int) else f".{part[:MAX_NAME]}" for part in where).lstrip(".") or None
     )

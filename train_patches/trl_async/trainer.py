@@ -14,6 +14,7 @@ from toolkit.errors import ToolkitError
 from toolkit.patching import patch, weight_version
 from toolkit.training.losses import divergence_estimate
 from train_patches.trl_async.transfer import FolderWeightTransfer
+from train_patches.trl_clients import replaced
 
 if TYPE_CHECKING:
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
@@ -73,7 +74,7 @@ def async_grpo_trainer(
     from trl.experimental.async_grpo import async_grpo_trainer as module
 
     from train_patches.trl_async.forward import TreeForward
-    from train_patches.trl_async.worker import ServerRolloutWorker, replaced
+    from train_patches.trl_async.worker import ServerRolloutWorker
 
     transfer = FolderWeightTransfer(
         args.vllm_server_base_url, weight_folder, weight_sync_timeout=args.weight_sync_timeout,

@@ -1,7 +1,5 @@
 """Weights for a server that runs: each update is a folder that the server reads."""
 
-import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,13 +10,13 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.loading.weight_folders import WeightFolders
+from train_patches.trl_clients import error_of
 
 if TYPE_CHECKING:
     from trl.experimental.async_grpo.vllm_client import VLLMClient
 
 RESUME = "start the server, and resume with trainer.train(resume_from_checkpoint=True)"
 _PROBE_SECONDS = 5
-_REFUSED = re.compile(r"Request failed: (\d+), (.*)", re.DOTALL)
 
 
 class ServedWeights(NamedTuple):
@@ -140,19 +138,8 @@ class FolderWeightTransfer:
             return call(*arguments, **keywords)
         except (requests.RequestException, TimeoutError) as error:
             raise ToolkitError(self._silent(error)) from None
-        except Exception as error:  # TRL's client raises plain ones, with the response in the message
-            refused = _REFUSED.fullmatch(str(error))
-            if refused is None:
-                raise
-            raise ToolkitError(f"The server refused {call.__name__}: {_message(refused[2])}") from None
+        except Exception as error:
+            raise error_of(error, call.__name__) from None
 
     def _silent(self, error: Exception) -> str:
         return f"The server at {self.client.server_url} does not answer ({type(error).__name__}): {RESUME}."
-
-
-def _message(body: str) -> str:
-    """The sentence of an error's body."""
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body.strip()

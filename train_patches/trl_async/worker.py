@@ -5,8 +5,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,6 +14,7 @@ from trl.experimental.async_grpo import async_rollout_worker
 from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker, _AsyncRolloutLoop
 
 from toolkit.errors import ToolkitError
+from train_patches.trl_clients import replaced
 
 OLDEST, NEWEST = "sample/weight_version_min", "sample/weight_version_max"
 """Metrics of a sample: the server's weight versions at the ends of its turns."""
@@ -102,17 +102,6 @@ class ServerRolloutWorker(AsyncRolloutWorker):
         super().check_health(stale_after_s)
         if self.check_server is not None:
             self.check_server()
-
-
-@contextmanager
-def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """A module with another value of a name, until the block ends."""
-    own = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, own)
 
 
 def _end_with_parent() -> None:

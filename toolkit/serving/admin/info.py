@@ -27,6 +27,7 @@ def vllm_config(base: Base) -> Json:
             "runner_type": "pooling" if pooling else "generate",
             "dtype": str(engine.backend.dtype),
             "max_model_len": config.max_model_len,
+            "logprobs_mode": "raw_logprobs",  # the others are "sampling_logprobs" of a choice
         },
         "cache_config": None if isinstance(engine, PoolingEngine) else _cache_config(engine),
         "scheduler_config": {

@@ -1,10 +1,13 @@
 """Bodies and queries of admin requests, and bodies of their responses."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from toolkit.engine.weight_group import BUFFER_SIZE
 from toolkit.serving.body import Body
+
+DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 class Query(BaseModel):
@@ -109,11 +112,67 @@ class InitRequest(Body):
     """The body of ``POST /init_weight_transfer_engine``.
 
     Args:
-        init_info: may have ``backend``, which must be "folder", and ``numerics_fingerprint``, the trainer's, as text or
-            as an object.
+        init_info: may have ``backend``, "folder" or "gloo" with the fields of ``GroupInfo``, and
+            ``numerics_fingerprint``, the trainer's, as text or as an object.
     """
 
     init_info: dict[str, Any]
+
+
+class GroupInfo(Body):
+    """``init_info`` of the backend "gloo": a group of processes over ``torch.distributed``, into which rank 0 sends.
+
+    Args:
+        backend: "gloo".
+        numerics_fingerprint: of the trainer.
+        master_address: of the trainer, which is rank 0, as the server reaches it.
+        master_port: of its store.
+        rank_offset: the server's rank.
+        world_size: processes of the group; the server is one.
+        packed: whether tensors are packed into buffers; otherwise one is sent at a time.
+        packed_buffer_size_bytes: a buffer ends with the tensor by which it has more.
+    """
+
+    backend: Literal["gloo"]
+    numerics_fingerprint: Any = None
+    master_address: str = Field(min_length=1, max_length=256)
+    master_port: int = Field(ge=1, le=65535)
+    rank_offset: int = Field(1, ge=1)
+    world_size: int = Field(2, ge=2)
+    packed: bool = True
+    packed_buffer_size_bytes: int = Field(BUFFER_SIZE, ge=0, le=2**40)
+
+    @model_validator(mode="after")
+    def _one_rank_is_the_server_s(self) -> "GroupInfo":
+        if self.rank_offset >= self.world_size:
+            raise ValueError(f"'rank_offset' must be < 'world_size', got {self.rank_offset} and {self.world_size}.")
+        return self
+
+
+class TensorsInfo(Body):
+    """``update_info`` of tensors that come over a group, in this order.
+
+    Args:
+        names: of parameters, as in ``named_parameters`` of the model without adapters. Those not named stay.
+        dtype_names: such as "bfloat16", of the tensors that are sent.
+        shapes: of them.
+        packed: accepted and unused: ``init_info`` says it.
+    """
+
+    ignored = ("packed",)
+    names: list[str] = Field(min_length=1)
+    dtype_names: list[DtypeName]
+    shapes: list[list[Annotated[int, Field(ge=0)]]]
+
+    @model_validator(mode="after")
+    def _as_many_of_each(self) -> "TensorsInfo":
+        for name in ("dtype_names", "shapes"):
+            if len(getattr(self, name)) != len(self.names):
+                found = len(getattr(self, name))
+                raise ValueError(f"'{name}' must have {len(self.names)} items, as 'names' has, got {found}.")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("'names' must have each name once.")
+        return self
 
 
 class StartRequest(Body):
@@ -132,7 +191,7 @@ class UpdateRequest(Body):
     Args:
         weight_dir: a folder of safetensors files that the server can read.
         model_path: the same (SGLang's name).
-        update_info: an object with one of these (vLLM's form).
+        update_info: an object with one of these, or the fields of ``TensorsInfo`` (vLLM's form).
     """
 
     weight_dir: str | None = None

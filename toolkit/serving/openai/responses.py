@@ -292,13 +292,13 @@ class CompletionResponse:
         }
 
     def _shown(
-        self, values: dict[int, float] | None, own: int, count: int | None
+        self, values: dict[int, float] | None, own: int, count: int | None, own_rank: int | None = None
     ) -> list[tuple[int, float, int | None]] | None:
         """In the place of a token of the prompt: it and the ``count`` most probable ones, with their ranks."""
         made = self.asked.prompt_count
         if values is None or count is None or made is None:
             return None
-        of_all = ranked(values, made)
+        of_all = ranked(values, made, own_rank)
         return [
             (token, finite(value), rank)
             for token, value, rank in of_all
@@ -307,12 +307,13 @@ class CompletionResponse:
 
     def prompt_logprobs(self, completion: Completion) -> Json:
         """vLLM's field of that name, where it is asked for."""
-        if self.asked.prompt_logprobs is None or completion.prompt_logprobs is None:
+        ranks = completion.prompt_ranks
+        if self.asked.prompt_logprobs is None or completion.prompt_logprobs is None or ranks is None:
             return {}
         count = self.asked.prompt_logprobs
         shown = [
-            self._shown(values, own, count)
-            for values, own in zip(completion.prompt_logprobs, completion.prompt_token_ids)
+            self._shown(values, own, count, rank)
+            for values, own, rank in zip(completion.prompt_logprobs, completion.prompt_token_ids, ranks)
         ]
         return {
             "prompt_logprobs": [

@@ -22,8 +22,10 @@ class FunctionSpec(Body):
         description: for the model.
         parameters: JSON schema of its arguments; without one it takes none.
         strict: whether arguments must satisfy the schema even where the model chooses to call.
+        return: accepted and unused: what transformers' ``get_json_schema`` writes of a docstring's ``Returns:``.
     """
 
+    ignored = ("return",)
     name: str
     description: str = ""
     parameters: dict[str, Any] = Field({})

@@ -141,16 +141,16 @@ class GenerateResponse:
         return {"content": content, "refusal": None}
 
     def _prompt_logprobs(self, completion: Completion) -> list[Json | None] | None:
-        if self._prompt_top is None or completion.prompt_logprobs is None:
+        if self._prompt_top is None or completion.prompt_logprobs is None or completion.prompt_ranks is None:
             return None
         return [
             None
             if values is None
             else {
                 str(token): {"logprob": finite(value), "rank": rank}
-                for token, value, rank in ranked(values, self._prompt_top)
+                for token, value, rank in ranked(values, self._prompt_top, own)
             }
-            for values in completion.prompt_logprobs
+            for values, own in zip(completion.prompt_logprobs, completion.prompt_ranks, strict=True)
         ]
 
 
