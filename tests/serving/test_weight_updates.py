@@ -312,7 +312,9 @@ def refused(response):
         raise ToolkitError(response.result().json()["error"]["message"])
 
 
-@pytest.mark.parametrize("info", [{"packed_buffer_size_bytes": 3000}, {"packed": False}])
+@pytest.mark.parametrize(
+    "info", [{"packed_buffer_size_bytes": 3000}, pytest.param({"packed": False}, marks=pytest.mark.sweep)]
+)
 def test_tensors_that_come_over_a_group_give_the_bits_of_their_folder(server, folders, fresh, info):
     trainer, before = Trainer(server.http, **info), version(server.http)
     for count, folder in enumerate((folders.one, folders.two), 1):
@@ -327,6 +329,7 @@ def test_tensors_that_come_over_a_group_give_the_bits_of_their_folder(server, fo
     same_bits(bits(generate(server.http)), fresh(mixed))
 
 
+@pytest.mark.sweep
 def test_tensors_that_do_not_fit_change_nothing_and_end_the_group(server, folders, fresh):
     assert update(server.http, folders.start).status_code == 200
     for tensors, words in (
