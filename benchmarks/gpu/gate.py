@@ -20,7 +20,8 @@ TESTS = ROOT / "tests"
 def gpu_test_files() -> list[Path]:
     """The files of the GPU tests."""
     found = [*(TESTS / "ops").glob("test_bounds_*.py"), *(TESTS / "gpu").glob("test_*.py")]
-    return sorted([*found, TESTS / "ops" / "test_linear_recurrence.py"])
+    recurrences = (TESTS / "ops" / f"test_linear_recurrence{form}.py" for form in ("", "_chunked"))
+    return sorted([*found, *recurrences])
 
 
 def bench_tests(section: Section) -> None:

@@ -1,4 +1,4 @@
-"""The gated delta rule on a GPU: training forward and backward, against fla's chunked kernels.
+"""The gated delta rule on a GPU: training forward and backward, a chunk at a time, token by token, and fla's kernels.
 
 The shape is a Qwen3-Next layer's: 16 key heads, 32 value heads, K = V = 128. fla is named where it is missing.
 """
@@ -19,8 +19,8 @@ from toolkit.ops.linear_recurrence import linear_recurrence, reference
 
 KEY_HEADS, HEADS, WIDTH = (1, 2, 16) if DRY else (16, 32, 128)
 # name -> (sequences, tokens of each)
-CASES = {"training": (2, 6)} if DRY else {"training 1x8192": (1, 8192), "training 16x512": (16, 512)}
-CHECKED = 6 if DRY else 96  # tokens of the check
+CASES = {"training": (1, 20)} if DRY else {"training 1x8192": (1, 8192), "training 16x512": (16, 512)}
+CHECKED = 34 if DRY else 160  # tokens of the check, in two sequences of more than a chunk
 
 
 def inputs(tokens: int) -> list[Tensor]:
@@ -35,8 +35,13 @@ def offsets_of(sequences: int, tokens: int) -> dict[str, Tensor]:
     return {"offsets": offsets, "parents": torch.full((sequences,), -1, device=DEVICE)}
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, offsets: Tensor, parents: Tensor) -> Tensor:
-    return linear_recurrence(q, k, v, g, beta, offsets, parents, None, WIDTH**-0.5, True)[0]
+def ours(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, offsets: Tensor, parents: Tensor, chunked: bool
+) -> Tensor:
+    return linear_recurrence(q, k, v, g, beta, offsets, parents, None, WIDTH**-0.5, True, chunked=chunked)[0]
+
+
+OURS = {"chunked": partial(ours, chunked=True), "token by token": partial(ours, chunked=False)}
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, offsets: Tensor, parents: Tensor) -> Tensor:
@@ -66,17 +71,20 @@ def bench_recurrence(section: Section) -> None:
             few = offsets_of(2, CHECKED // 2)
             small, grad = inputs(CHECKED), normal(CHECKED, HEADS, WIDTH)
             exact = both_ways(partial(oracle, **few), doubles(small), [grad.double()])
-            error = section.check(name, both_ways(partial(ours, **few), small, [grad]), exact, GATE[HALF])
+            errors = {}
+            for side, call in OURS.items():
+                values = both_ways(partial(call, **few), small, [grad])
+                errors[side] = section.check(f"{name}, {side}", values, exact, GATE[HALF])
             rows = [x.requires_grad_() for x in inputs(sequences * tokens)]
             grad = normal(sequences * tokens, HEADS, WIDTH)
             whole = offsets_of(sequences, tokens)
-            entry = section.result[name] = {"gate": error, "tokens": sequences * tokens, "sides": {}, "missing": []}
-            makers: dict[str, Callable[[], Callable[..., Tensor]]] = {"ours": lambda: ours, "fla": fla}
-            for side, maker in makers.items():
-                try:
-                    entry["sides"][side] = device.measure(partial(maker(), **whole), rows, [grad])
-                except ImportError:
-                    entry["missing"].append(side)
+            entry = section.result[name] = {"gate": errors, "tokens": sequences * tokens, "sides": {}, "missing": []}
+            for side, call in OURS.items():
+                entry["sides"][side] = device.measure(partial(call, **whole), rows, [grad])
+            try:
+                entry["sides"]["fla"] = device.measure(partial(fla(), **whole), rows, [grad])
+            except ImportError:
+                entry["missing"].append("fla")
 
 
 def show(result: dict[str, Any], ceilings: dict[str, float]) -> None:

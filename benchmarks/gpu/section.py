@@ -52,7 +52,9 @@ SECTIONS = {
     "linear": Planned("ops.bench_linear", 25.0, {"test_bounds_gemm": LINEAR}),
     "linear_logprob": Planned("ops.bench_head", 35.0, {"test_bounds_linear_logprob": ""}),
     "moe": Planned("moe.bench_moe", 35.0, {"test_bounds_moe": ""}),
-    "recurrence": Planned("recurrence.bench_recurrence", 20.0, {"test_linear_recurrence": ""}),
+    "recurrence": Planned(
+        "recurrence.bench_recurrence", 25.0, {"test_linear_recurrence": "", "test_linear_recurrence_chunked": ""}
+    ),
     "sample": Planned("ops.bench_sample", 10.0, {"test_bounds_sample": ""}),
     "lora_linear": Planned("ops.bench_lora", 15.0, {"test_bounds_gemm": f"test_lora|{LINEAR}"}),
     "memory_bound": Planned("rowwise.bench_memory_bound", 50.0, {"test_bounds_rowwise": ""}),

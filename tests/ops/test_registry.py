@@ -29,7 +29,8 @@ def test_is_checked_by_opcheck(name):
 @pytest.mark.parametrize("name", sorted(registry._OPS))
 def test_has_kernels(name):
     op = registry._OPS[name]
-    assert native.load() is None or registry.has_native(name)
+    by_tokens = name.replace("_chunked", "")  # what serves the chunked form of a recurrence on CPU
+    assert native.load() is None or registry.has_native(by_tokens)
     assert op.triton is not None
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"toolkit::{name}", "CUDA")
 

@@ -55,8 +55,9 @@ def gated_delta_rule(layer: int, context: ForwardContext) -> Callable[..., tuple
     ) -> tuple[Tensor, None]:
         q, k = (l2_norm(x) if use_qk_l2norm_in_kernel else x for x in (query[0], key[0]))
         dtype = torch.promote_types(value.dtype, torch.float32)
-        v, g, beta = (x[0].to(dtype) for x in (value, g, beta))
-        out = context.scan(layer, q.to(dtype), k.to(dtype), v, g, beta, scale=q.shape[-1] ** -0.5, delta=True)
+        q, k, v = (x.to(value.dtype if context.chunked else dtype) for x in (q, k, value[0]))
+        g, beta = (x[0].to(dtype) for x in (g, beta))
+        out = context.scan(layer, q, k, v, g, beta, scale=q.shape[-1] ** -0.5, delta=True)
         return out[None].to(value.dtype), None
 
     return scan
@@ -85,8 +86,9 @@ def state_space(layer: int, context: ForwardContext) -> Callable[..., Tensor]:
         if dt_softplus:
             dt = F.softplus(dt)
         step = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])[0].to(dtype)
-        x, b, c = (part[0].to(dtype) for part in (hidden_states, B, C))
-        out = context.scan(layer, c, b, x, A.to(dtype) * step, step, scale=1.0, delta=False)
+        rows = hidden_states.dtype if context.chunked else dtype
+        x, b, c = (part[0].to(rows) for part in (hidden_states, B, C))
+        out = context.scan(layer, c, b, x, A.to(dtype) * step, step, scale=1.0, delta=False).to(dtype)
         if D is not None:
             out = out + D.to(dtype)[:, None] * x
         return (out[None], None) if return_final_states else out[None]

@@ -85,3 +85,12 @@ class TileTable(Generic[T]):
 def for_any_size(tiles: Mapping[str, Mapping[int, T]]) -> dict[str, dict[int, Choices[T]]]:
     """Table entries of one tile per architecture and dtype, for every size."""
     return {arch: {itemsize: ((None, tile),) for itemsize, tile in row.items()} for arch, row in tiles.items()}
+
+
+def float32_precision(arch: str, dtype: torch.dtype) -> str:
+    """The input precision of a GEMM of float32 sums with ``dtype``.
+
+    Three TF32 GEMMs on NVIDIA, which are exact beyond the rounding of 16-bit dtypes. float32 is IEEE everywhere (AMD's
+    matrix units have such an instruction).
+    """
+    return "tf32x3" if arch.startswith("sm_") and dtype.itemsize == 2 else "ieee"

@@ -135,6 +135,7 @@ def _run(
     """The output of ``called``, which is ``inner`` (a patched model, or its part without a head) or its wrapper."""
     batch = context.batch
     bitwise = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
+    context.chunked = report.numerics is Numerics.FAST and batch.tokens.is_cuda
     with set_forward_context(context), row_invariant() if bitwise else nullcontext(), _recording(inner, context):
         tokens = batch.tokens[None]
         arguments = call_arguments(inner, report, context) | text_arguments(inner, tokens)

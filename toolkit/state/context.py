@@ -60,10 +60,13 @@ class ForwardContext(ABC):
         rows: indices of the tokens whose logits alone the head computes; None for all.
         selections: the keys that sparse attention layers selected or were given, and those that they are to take in the
             place of their choice.
+        chunked: whether recurrences take a chunk of tokens at a time, as in numerics mode fast on CUDA, and their rows
+            in the model's dtype.
     """
 
     def __init__(self, batch: RaggedBatch) -> None:
         self.batch = batch
+        self.chunked = False
         self.replay = None if batch.routing is None else RoutingReplay(batch.routing)
         self.rows: Tensor | None = None
         self._ahead: Tensor | None = None

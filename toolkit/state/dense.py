@@ -113,7 +113,7 @@ class DenseContext(ForwardContext):
         if self._parents is None:
             self._parents = torch.full_like(self.batch.kv_lengths, -1)
         plan = self.batch.query_offsets, self._parents, None
-        out, _ = linear_recurrence(q, k, v, g, beta, *plan, scale, delta, rates=rates)
+        out, _ = linear_recurrence(q, k, v, g, beta, *plan, scale, delta, rates=rates, chunked=self.chunked)
         return out
 
     def convolve(

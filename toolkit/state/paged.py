@@ -113,7 +113,8 @@ class PagedContext(ForwardContext):
         rates: Tensor | None = None, part: int = 0,
     ) -> Tensor:  # fmt: skip
         state, view = self._state(layer, "scan", part)
-        out: Tensor = state.scan(q, k, v, g, beta, view, self.batch.query_offsets, scale, delta, rates)
+        plan = view, self.batch.query_offsets
+        out: Tensor = state.scan(q, k, v, g, beta, *plan, scale, delta, rates, chunked=self.chunked)
         return out
 
     def convolve(

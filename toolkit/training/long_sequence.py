@@ -141,7 +141,7 @@ class ChunkedContext(ForwardContext):
         dtype = torch.promote_types(v.dtype, torch.float32)
         initial = self._begin(key, v.new_zeros(1, v.shape[1], k.shape[2], v.shape[2], dtype=dtype))
         plan = offsets, offsets.new_full((1,), -2), initial
-        out, ends = linear_recurrence(q, k, v, g, beta, *plan, scale, delta, rates=rates)
+        out, ends = linear_recurrence(q, k, v, g, beta, *plan, scale, delta, rates=rates, chunked=self.chunked)
         self._end(key, ends)
         return out
 

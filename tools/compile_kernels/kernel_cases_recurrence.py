@@ -7,6 +7,8 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # (K, V, the delta rule): Qwen3-Next's and Qwen3.5's heads, Mamba-2's, Bamba's and Falcon-H1's, and the largest.
 STATES = ((128, 128, True), (128, 64, False), (256, 64, False), (64, 64, True), (256, 256, True))
+# Of these a chunk at a time, in bfloat16: Qwen3-Next's, Mamba-2's and the largest.
+CHUNKED = ((128, 128, True), (128, 64, False), (256, 256, True))
 # (K, V, heads) with separate decays for keys: Kimi Linear's heads, and Mamba's and Jamba's channels.
 KEYED = ((128, 128, 4), (16, 1, 64))
 # (channels, taps): Qwen3-Next's, a small LFM2's, and one that fills no tile.
@@ -37,6 +39,26 @@ def paged_case(dtype: torch.dtype, depth: int, width: int, *, delta: bool) -> Ca
         q, v = torch.empty(4, 2, depth, dtype=dtype), torch.empty(4, 4, width, dtype=dtype)
         g, rows, states = torch.empty(4, 4), torch.arange(4), torch.empty(8, 4, depth, width)
         linear_recurrence_paged(q, q, v, g, g, torch.arange(5), rows, rows, rows, states, 1.0, delta)
+
+    return call
+
+
+def chunked_case(dtype: torch.dtype, depth: int, width: int, *, delta: bool) -> Callable[[], None]:
+    """Forward from given states, its backward and the paged form, a chunk at a time."""
+
+    def call() -> None:
+        from toolkit.ops.linear_recurrence import triton_chunks
+        from toolkit.ops.linear_recurrence.triton_chunks_backward import linear_recurrence_chunked_backward
+
+        q = torch.empty(64, 2, depth, dtype=dtype)
+        v = torch.empty(64, 3, 4, width, dtype=dtype)[:, 1]
+        g, index = torch.empty(64, 4), (torch.tensor([0, 64]), torch.tensor([-2]))
+        beta, initial, settings = torch.empty(64, 4, dtype=dtype), torch.empty(1, 4, depth, width), (1.0, delta)
+        given = q, q, v, g, beta
+        out, finals = triton_chunks.linear_recurrence_chunked(*given, *index, initial, *settings)
+        linear_recurrence_chunked_backward(out, finals, *given, *index, initial, finals, *settings)
+        rows, states = torch.arange(1), initial.expand(8, -1, -1, -1).contiguous()
+        triton_chunks.linear_recurrence_paged_chunked(*given, index[0], rows, rows, rows, states, *settings)
 
     return call
 
@@ -94,6 +116,9 @@ def paged_conv_case(dtype: torch.dtype, width: int, taps: int) -> Callable[[], N
 def cases() -> dict[str, Callable[[], None]]:
     """Every kernel with every shipped tile: name -> the call that launches it."""
     found: dict[str, Callable[[], None]] = {}
+    for depth, width, delta in CHUNKED:
+        name = f"{'delta' if delta else 'ssd'} bf16 {depth} {width}"
+        found[f"linear_recurrence_chunked {name}"] = chunked_case(torch.bfloat16, depth, width, delta=delta)
     for short, dtype in DTYPES.items():
         for depth, width, delta in STATES:
             name = f"{'delta' if delta else 'ssd'} {short} {depth} {width}"

@@ -12,6 +12,8 @@ from toolkit.ops.rowwise import compute_dtype
 
 __all__ = ["linear_recurrence", "linear_recurrence_paged"]
 
+CHUNKED_TOKENS = 16  # of a segment, on average, from which on the chunked form is taken; not measured
+
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.delta, ctx.keep, rates = inputs
@@ -59,6 +61,68 @@ _PAGED = register(
     fake=reference.linear_recurrence_paged_fake,
     triton="toolkit.ops.linear_recurrence.triton.linear_recurrence_paged",
 )
+
+
+def _by_tokens(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """``linear_recurrence_chunked`` where there is no such kernel: token by token."""
+    return _FORWARD(*arguments, False, None)[:2]
+
+
+def _by_tokens_backward(grad: Tensor | None, grad_finals: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    *rows, finals, scale, delta = arguments
+    kept = _FORWARD(*rows, scale, delta, True, None)[2]
+    return tuple(_BACKWARD(grad, grad_finals, *rows, finals, kept, scale, delta, None)[:6])
+
+
+def _setup_chunked_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.delta = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _chunked_backward(ctx: Any, grad: Tensor | None, grad_finals: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None and grad_finals is None:
+        return (None,) * 10
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them again at every look
+    dq, dk, dv, dg, dbeta, dinitial = _CHUNKED_BACKWARD.gradient(grad, grad_finals, *saved, ctx.scale, ctx.delta)
+    to_beta, to_initial = (None if x is None else to for x, to in ((saved[4], dbeta), (saved[7], dinitial)))
+    return dq, dk, dv, dg, to_beta, None, None, to_initial, None, None
+
+
+_ROWS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? beta, Tensor query_offsets"
+_CHUNKED_BACKWARD = register(
+    f"linear_recurrence_chunked_backward(Tensor? grad, Tensor? grad_finals, {_ROWS}, Tensor parents, Tensor? initial,"
+    " Tensor finals, float scale, bool delta) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_by_tokens_backward,
+    fake=lambda *x: reference.linear_recurrence_backward_fake(*(*x[:11], x[10], *x[11:]))[:6],
+    triton="toolkit.ops.linear_recurrence.triton_chunks_backward.linear_recurrence_chunked_backward",
+)
+_CHUNKED = register(
+    f"linear_recurrence_chunked({_ROWS}, Tensor parents, Tensor? initial, float scale, bool delta)"
+    " -> (Tensor out, Tensor finals)",
+    reference=_by_tokens,
+    fake=lambda *x: reference.linear_recurrence_fake(*(*x, False))[:2],
+    triton="toolkit.ops.linear_recurrence.triton_chunks.linear_recurrence_chunked",
+    backward=_chunked_backward,
+    setup_context=_setup_chunked_context,
+)
+_CHUNKED_PAGED = register(
+    f"linear_recurrence_paged_chunked({_ROWS}, Tensor load_blocks, Tensor store_rows, Tensor store_blocks,"
+    " Tensor(a!) states, float scale, bool delta) -> Tensor",
+    reference=lambda *x: _PAGED(*x, None),
+    fake=reference.linear_recurrence_paged_fake,
+    triton="toolkit.ops.linear_recurrence.triton_chunks.linear_recurrence_paged_chunked",
+)
+
+
+def _takes_chunks(q: Tensor, g: Tensor, query_offsets: Tensor, rates: Tensor | None, impl: str | None) -> bool:
+    """Whether the chunked form serves these rows: by shapes, and on a GPU in bfloat16 alone.
+
+    float16 has no range for states, and NVIDIA's tensor cores have no float32.
+    """
+    enough = q.shape[0] >= CHUNKED_TOKENS * (query_offsets.shape[0] - 1)
+    dtype = q.dtype == torch.bfloat16 or not q.is_cuda
+    return enough and g.dim() == 2 and rates is None and dtype and impl in (None, "triton")
 
 
 def _check_rows(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, rates: Tensor | None) -> None:
@@ -111,6 +175,7 @@ def linear_recurrence(
     delta: bool = True,
     *,
     rates: Tensor | None = None,
+    chunked: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule (``delta``) or SSD over a prefix tree of segments: (out [T, H, V], finals [S, H, K, V]).
@@ -137,6 +202,9 @@ def linear_recurrence(
         rates: [H, K], floating point, or None. With rates g is [T, H] and the logarithm of a key's decay is
             ``g_t * rates``, which is held for no token. The selective scan of Mamba-1 has a head for each channel,
             V = 1, one key head for all of them, g = beta = dt and rates = A.
+        chunked: on a GPU, take 16 or 32 tokens at a time by matmuls, where g is [T, H] without rates, q is
+            bfloat16 and segments have 16 tokens on average. The same mathematics in another order: not batch-invariant.
+            Numerics mode fast sets it. No effect on CPU.
 
     Returns:
         out in v's dtype, rounded once, and finals in float32 (float64 for float64).
@@ -151,14 +219,17 @@ def linear_recurrence(
     columns of V, over heads, over tokens (of rates) and over the children of a segment (from the last to the first)
     have an order that depends on shapes and the tree only. Saved for backward: the inputs, finals, and the
     state after every 64 tokens of a segment (T / 64 states at most, only while a gradient is needed); the states
-    between are recomputed.
+    between are recomputed. With ``chunked`` bfloat16 rows are multiplied as such (states and U are rounded to bfloat16
+    where they enter a product), sums and states are float32; no state is saved but finals.
     Source: Yang, Kautz and Hatamizadeh, "Gated Delta Networks" (2024); Dao and Gu, "Transformers are SSMs" (2024);
-    Kimi Team, "Kimi Linear" (2025); Gu and Dao, "Mamba" (2023).
+    Kimi Team, "Kimi Linear" (2025); Gu and Dao, "Mamba" (2023). The chunked form: ``triton_chunks.py``.
     """
     _check_rows(q, k, v, g, beta, rates)
     _check_indices(query_offsets, parents=(parents, query_offsets.shape[0] - 1))
     if initial is not None:
         _check_states("initial", initial, k, v)
+    if chunked and _takes_chunks(q, g, query_offsets, rates, impl):
+        return _CHUNKED.select(impl)(q, k, v, g, beta, query_offsets, parents, initial, scale, delta)
     differentiable = (q, k, v, g, beta, initial, rates)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     arguments = (q, k, v, g, beta, query_offsets, parents, initial, scale, delta)
@@ -180,6 +251,7 @@ def linear_recurrence_paged(
     delta: bool = True,
     *,
     rates: Tensor | None = None,
+    chunked: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """``linear_recurrence`` for inference, on states that live in blocks of a pool: out [T, H, V].
@@ -188,7 +260,7 @@ def linear_recurrence_paged(
     ``store_rows[i]`` the state is written to ``states[store_blocks[i]]``; a negative block is skipped.
 
     Args:
-        q, k, v, g, beta, query_offsets, scale, delta, rates: as for ``linear_recurrence``.
+        q, k, v, g, beta, query_offsets, scale, delta, rates, chunked: as for ``linear_recurrence``.
         load_blocks: [S] int64.
         store_rows: [M] int64, ascending (ties allowed), each of a segment.
         store_blocks: [M] int64.
@@ -204,7 +276,7 @@ def linear_recurrence_paged(
         RuntimeError: on CPU for blocks or rows out of range, before anything is written.
 
     Numerics: bitwise identical to ``linear_recurrence``, however a sequence is split into calls: a state is stored as
-    it is held. No gradient.
+    it is held; with ``chunked`` equal up to rounding, for a chunk ends at every row of store_rows. No gradient.
     """
     _check_rows(q, k, v, g, beta, rates)
     _check_indices(
@@ -218,6 +290,7 @@ def linear_recurrence_paged(
         raise ToolkitError(f"states must have a contiguous last dimension, got strides {list(states.stride())}.")
     q, k, v, g = (x.detach() for x in (q, k, v, g))
     beta, rates = (None if x is None else x.detach() for x in (beta, rates))
-    return _PAGED.select(impl)(
-        q, k, v, g, beta, query_offsets, load_blocks, store_rows, store_blocks, states, scale, delta, rates
-    )
+    arguments = (q, k, v, g, beta, query_offsets, load_blocks, store_rows, store_blocks, states, scale, delta)
+    if chunked and _takes_chunks(q, g, query_offsets, rates, impl):
+        return _CHUNKED_PAGED.select(impl)(*arguments)
+    return _PAGED.select(impl)(*arguments, rates)

@@ -233,6 +233,14 @@ def unit(x: Tensor) -> Tensor:
     return x if x.shape[2] <= 1 or x.stride(2) == 1 else x.contiguous()
 
 
+def check_strides(depth: int, states: Tensor) -> None:
+    """ToolkitError for paged states of K = ``depth`` whose heads 32 bits do not count."""
+    if depth * states.stride(2) >= 2**31:
+        raise ToolkitError(
+            f"A head of states must span less than 2^31 elements in Triton, got strides {list(states.stride())}."
+        )
+
+
 class Layout(NamedTuple):
     """How the states of a call are split: the tile, blocks of lanes, and the constants that say what a lane is.
 
@@ -330,10 +338,7 @@ def linear_recurrence_paged(
     """``toolkit::linear_recurrence_paged``: a source that is no frame is taken as zeros, such a target is skipped."""
     triton_devices.check_dtype("linear_recurrence_paged", q.dtype)
     (_, heads, width), depth, segments = v.shape, k.shape[2], load_blocks.shape[0]
-    if depth * states.stride(2) >= 2**31:
-        raise ToolkitError(
-            f"A head of states must span less than 2^31 elements in Triton, got strides {list(states.stride())}."
-        )
+    check_strides(depth, states)
     layout = Layout.choose("linear_recurrence_paged", q, v, g, beta, rates)
     out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     if segments and heads and width:

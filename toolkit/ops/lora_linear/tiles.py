@@ -1,7 +1,5 @@
 """Tiles of the Triton kernels of low-rank adapters, as data: by (architecture, dtype)."""
 
-import torch
-
 from toolkit.ops.tiles import GemmTile, TileTable, for_any_size
 
 # A sum along K or N is split into parts of this length, so that few rows keep many programs busy. The parts are added
@@ -89,12 +87,3 @@ OUTER = TileTable(
         }
     ),
 )
-
-
-def float32_precision(arch: str, dtype: torch.dtype) -> str:
-    """The input precision of a GEMM of float32 sums with ``dtype``.
-
-    Three TF32 GEMMs on NVIDIA, which are exact beyond the rounding of 16-bit dtypes. float32 is IEEE everywhere (AMD's
-    matrix units have such an instruction).
-    """
-    return "tf32x3" if arch.startswith("sm_") and dtype.itemsize == 2 else "ieee"

@@ -33,6 +33,7 @@ from toolkit.ops.lora_linear.triton_table import (
     unit_of_rows,
     units_of,
 )
+from toolkit.ops.tiles import float32_precision
 
 
 @triton.jit
@@ -224,7 +225,7 @@ def shrink(
         x.stride(0), partials.stride(0),
         ROWS=size.rows, RANKS=size.columns, DEPTH=size.depth, SPLIT=tiles.SPLIT, WIDTH=units.width,
         SCALED_DEPTH=tiles.SCALED_DEPTH, BACKWARD=backward, EVEN=depth % size.depth == 0, ALIGNED=depth % 16 == 0,
-        SCALED=scaled, PRECISION=tiles.float32_precision(arch, x.dtype), **size.options(),
+        SCALED=scaled, PRECISION=float32_precision(arch, x.dtype), **size.options(),
     )  # fmt: skip
     if splits == 1:
         return partials[0]
@@ -251,7 +252,7 @@ def expand(
         under, low, units.table, out, under if bias is None else bias, grouped.order, grouped.starts,
         grouped.units + 1, grouped.rows, columns, under.stride(0), out.stride(0),
         ROWS=size.rows, RANKS=size.depth, COLUMNS=size.columns, WIDTH=units.width, BACKWARD=base is None,
-        BIASED=bias is not None, ALIGNED=columns % 16 == 0, PRECISION=tiles.float32_precision(arch, out.dtype),
+        BIASED=bias is not None, ALIGNED=columns % 16 == 0, PRECISION=float32_precision(arch, out.dtype),
         **size.options(),
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from toolkit.ops.lora_linear.triton_table import (
     unit_of_rows,
     units_of,
 )
+from toolkit.ops.tiles import float32_precision
 
 
 @triton.jit(do_not_specialize=["groups", "num_rows"])
@@ -189,7 +190,7 @@ class _Call:
         lora_outer[(count, across, units.width // size.rows)](
             low, y, units.table, grouped.order, grouped.starts, partials, grouped.units + 1, grouped.rows, columns,
             y.stride(0), partials.stride(0),
-            ROWS=size.depth, WIDTH=units.width, PRECISION=tiles.float32_precision(arch, y.dtype), **shared,
+            ROWS=size.depth, WIDTH=units.width, PRECISION=float32_precision(arch, y.dtype), **shared,
             **size.options(),
         )  # fmt: skip
         for adapter, out in enumerate(outs):
@@ -230,7 +231,7 @@ class _Call:
             columns, grad.stride(0), under.stride(0),
             ROWS=size.rows, RANKS=size.depth, COLUMNS=size.columns, SUMMED=tiles.SUMMED_ROWS, WIDTH=units.width,
             BIASED=bias is not None, TO_BASE=dbase is not None, TO_SCALE=sums,
-            PRECISION=tiles.float32_precision(arch, grad.dtype), **size.options(),
+            PRECISION=float32_precision(arch, grad.dtype), **size.options(),
         )  # fmt: skip
         for adapter, dscale in enumerate(dscales if sums else ()):
             scale = self.scale_of(adapter)

@@ -5,6 +5,7 @@ prefix that ends there can be gone on from, by a fork, a prefix hit or after a t
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,11 +50,13 @@ class Recurrence(StateKind, kind="recurrent"):
         scale: float,
         delta: bool,
         rates: Tensor | None = None,
+        chunked: bool = False,
     ) -> Tensor:
         """Outputs [T, H, V] of ``linear_recurrence`` from and to the blocks."""
         assert isinstance(view, Snapshots)
         plan = query_offsets, view.load_blocks, view.store_rows, view.store_blocks
-        return linear_recurrence_paged(q, k, v, g, beta, *plan, self.stores[0], scale, delta, rates=rates)
+        options: dict[str, Any] = {"rates": rates, "chunked": chunked}
+        return linear_recurrence_paged(q, k, v, g, beta, *plan, self.stores[0], scale, delta, **options)
 
     def read(self, blocks: Sequence[int], length: int) -> Rows:
         """The state after the last token; zeros for none."""
