@@ -109,8 +109,15 @@ struct Share {
   int64_t first_tile = 0, end_tile = std::numeric_limits<int64_t>::max();
 };
 
-template <typename M, typename T>
-void backward_block(const Backward<T>& f, const Task& task, const Share& share) {
+// `softmax_backward` of one modifier, and how many parameters a head has: what is around it is compiled once.
+template <typename T>
+struct RowBackward {
+  void (*run)(T* scores, T* dweights, Range, T softcap, const ScorePosition<T>&, T lse, T delta);
+  int64_t parameters;
+};
+
+template <typename T>
+void backward_block(const Backward<T>& f, const RowBackward<T>& of_row, const Task& task, const Share& share) {
   const Layout& p = f.layout;
   const Sequence sequence = p.sequence(task.sequence);
   if (!share.queries && (seen_keys(p, sequence, task.begin).begin / kTile >= share.end_tile ||
@@ -163,10 +170,10 @@ void backward_block(const Backward<T>& f, const Task& task, const Share& share) 
         if (!b.row_ranges[r + i].empty()) {
           const int64_t query = task.begin + (r + i) / group;
           const ScorePosition<T> position{query + sequence.shift(), tile.first(),
-                                          f.parameters + (first_head + (r + i) % group) * M::kParameters,
+                                          f.parameters + (first_head + (r + i) % group) * of_row.parameters,
                                           sequence.span(query)};
-          softmax_backward<M>(weights + i * kTile, dscores + i * kTile, b.row_ranges[r + i], f.softcap, position,
-                              b.lse[r + i], b.delta[r + i]);
+          of_row.run(weights + i * kTile, dscores + i * kTile, b.row_ranges[r + i], f.softcap, position, b.lse[r + i],
+                     b.delta[r + i]);
         }
       if (share.queries)
         accumulate(b.dquery + r * b.depth, b.depth, height, RowMajor<T>{dscores, kTile}, Dense<T>{b.keys, b.depth},
@@ -287,8 +294,8 @@ inline std::vector<Part> backward_parts(const Layout& p, const std::vector<Group
   return parts;
 }
 
-template <typename M, typename T>
-void run_backward(const Backward<T>& f, T* dsinks) {
+template <typename T>
+void run_backward(const Backward<T>& f, const RowBackward<T>& of_row, T* dsinks) {
   const Layout& p = f.layout;
   const int64_t block = std::max<int64_t>(1, kTaskRows / p.group());
   const int64_t workers = p.multiplications() < kSerialWork ? 1 : at::get_num_threads();
@@ -297,11 +304,11 @@ void run_backward(const Backward<T>& f, T* dsinks) {
   threads::run_tasks(parts.size(), workers, [&](int64_t i) {
     const Part& part = parts[i];
     if (part.sequence >= 0)
-      return backward_block<M>(f, Task{part.sequence, part.head, 1, part.begin, part.end}, part.share);
+      return backward_block(f, of_row, Task{part.sequence, part.head, 1, part.begin, part.end}, part.share);
     for (const int64_t s : groups[part.group].sequences) {
       const int64_t queries = p.query_offsets[s + 1] - p.query_offsets[s];
       for (int64_t begin = 0; begin < queries; begin += block)
-        backward_block<M>(f, Task{s, part.head, 1, begin, std::min(begin + block, queries)}, part.share);
+        backward_block(f, of_row, Task{s, part.head, 1, begin, std::min(begin + block, queries)}, part.share);
     }
   });
   const std::vector<T> zeros(p.depth, T(0));
@@ -313,6 +320,11 @@ void run_backward(const Backward<T>& f, T* dsinks) {
       for (int64_t row = 0; row < f.rows; ++row) sum += f.sink_terms[head * f.rows + row];
       dsinks[head] = static_cast<T>(-sum);
     });
+}
+
+template <typename M, typename T>
+void run_backward(const Backward<T>& f, T* dsinks) {
+  run_backward(f, RowBackward<T>{&softmax_backward<M, T>, M::kParameters}, dsinks);
 }
 
 }  // namespace toolkit::attention_op

@@ -177,8 +177,13 @@ inline void finish(const Forward<T>& f, int64_t row, int64_t head, T top, T tota
   f.out.write(row, head, f.layout.value_depth, out);
 }
 
-template <typename M, typename T>
-void forward_task(const Forward<T>& f, const Task& task, const Partials<T>& partials) {
+// `meet_tile` of one modifier: what is around it is the same for all, and compiled once.
+template <typename T>
+using MeetTile = void (*)(const Forward<T>&, const Task&, const Sequence&, const KeyTile&, const ForwardBuffers<T>&,
+                          int64_t h, bool in_place);
+
+template <typename T>
+void forward_task(const Forward<T>& f, MeetTile<T> meet, const Task& task, const Partials<T>& partials) {
   const Layout& p = f.layout;
   const Sequence sequence = p.sequence(task.sequence);
   const int64_t group = p.group(), rows = (task.end - task.begin) * group, total = rows * task.kv_heads;
@@ -222,7 +227,7 @@ void forward_task(const Forward<T>& f, const Task& task, const Partials<T>& part
     resolve_rows(p, sequence, tile, row_indices);
     for (int64_t h = 0; h < task.kv_heads; ++h) {
       b.tile.point(p, f.k, f.v, task.kv_head + h, tile, row_indices, b.read);
-      meet_tile<M>(f, task, sequence, tile, b, h, in_place);
+      meet(f, task, sequence, tile, b, h, in_place);
     }
   });
   if (split_up) keep();
@@ -242,8 +247,8 @@ void forward_task(const Forward<T>& f, const Task& task, const Partials<T>& part
 
 // While decoding a few long contexts there are fewer tasks than threads: then a task takes one split of one, and the
 // splits are put together afterwards, as a task that had taken them all would have.
-template <typename M, typename T>
-void run_splits(const Forward<T>& f, const Tasks& list, int64_t splits, int64_t workers) {
+template <typename T>
+void run_splits(const Forward<T>& f, MeetTile<T> meet, const Tasks& list, int64_t splits, int64_t workers) {
   const Layout& p = f.layout;
   const int64_t columns = padded<T>(p.value_depth), rows = p.query_offsets[p.sequences];
   static thread_local Scratch<T> memory;
@@ -252,7 +257,7 @@ void run_splits(const Forward<T>& f, const Tasks& list, int64_t splits, int64_t 
   threads::run_tasks(list.count() * splits, workers, [&](int64_t i) {
     Task task = list.at(i / splits, p);
     task.split = i % splits;
-    forward_task<M>(f, task, partials);
+    forward_task(f, meet, task, partials);
   });
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t head = 0; head < p.query_heads; ++head) {
@@ -265,8 +270,8 @@ void run_splits(const Forward<T>& f, const Tasks& list, int64_t splits, int64_t 
     }
 }
 
-template <typename M, typename T>
-void run_forward(const Forward<T>& f, int64_t rows) {
+template <typename T>
+void run_forward(const Forward<T>& f, MeetTile<T> meet, int64_t rows) {
   static thread_local Tasks tasks;
   const Layout& p = f.layout;
   tasks.prepare(p, std::max<int64_t>(1, kTaskRows / p.group()));
@@ -274,15 +279,20 @@ void run_forward(const Forward<T>& f, int64_t rows) {
   const int64_t workers = p.multiplications() < kSerialWork ? 1 : at::get_num_threads();
   const int64_t longest = p.sequences == 0 ? 0 : *std::max_element(p.kv_lengths, p.kv_lengths + p.sequences);
   if (list.one_query() && list.count() < workers && longest > kSplit)
-    run_splits<M>(f, list, (longest + kSplit - 1) / kSplit, workers);
+    run_splits(f, meet, list, (longest + kSplit - 1) / kSplit, workers);
   else
-    threads::run_tasks(list.count(), workers, [&](int64_t i) { forward_task<M>(f, list.at(i, p), Partials<T>{}); });
+    threads::run_tasks(list.count(), workers, [&](int64_t i) { forward_task(f, meet, list.at(i, p), Partials<T>{}); });
   const std::vector<T> zeros(p.value_depth, T(0));
   for (int64_t row = p.query_offsets[p.sequences]; row < rows; ++row)
     for (int64_t head = 0; head < p.query_heads; ++head) {
       f.out.write(row, head, p.value_depth, zeros.data());
       f.lse[row * p.query_heads + head] = -std::numeric_limits<T>::infinity();
     }
+}
+
+template <typename M, typename T>
+void run_forward(const Forward<T>& f, int64_t rows) {
+  run_forward(f, &meet_tile<M, T>, rows);
 }
 
 }  // namespace toolkit::attention_op

@@ -78,25 +78,55 @@ inline void with_activation(c10::string_view activation, bool gated, const Body&
 
 constexpr int64_t kWeight = 4;  // cost of an exp relative to an add, as in activation
 
+// to = weight act(z) for one row of n. Of one activation: what is around it is the same for all, and compiled once.
+template <typename T>
+using ActivateRow = void (*)(Halves<const T> z, int64_t n, T weight, T* to);
+
+template <typename T, typename F>
+void activate_row(Halves<const T> z, int64_t n, T weight, T* to) {
+  const F f;
+  const Vec<T> factor(weight);
+  rows::for_vectors<T>(n, [&](int64_t i, int64_t lanes) { (value_of(f, z, i, lanes) * factor).store(to + i, lanes); });
+}
+
 // a[r] = factor[r] act(z[r]) for `count` rows; a null factor is 1. z is stored as S; a is rounded to S, stored as O.
 template <typename T, typename S, typename O>
 void activate(c10::string_view activation, const Layout& layout, int64_t count, const S* z, const T* factor, O* a) {
   const int64_t n = layout.inner;
-  with_activation(activation, layout.gated, [&](auto f) {
-    rows::for_rows(count, layout.width() * kWeight, [&](int64_t begin, int64_t end) {
-      T* const memory = threads::scratch<T, 1>(layout.width() + n);
-      for (int64_t r = begin; r < end; ++r) {
-        const auto row = read_halves(z + r * layout.width(), layout, memory);
-        const Vec<T> weight(factor == nullptr ? T(1) : factor[r]);
-        T* to = memory + layout.width();
-        if constexpr (std::is_same_v<T, O>) to = a + r * n;
-        rows::for_vectors<T>(n, [&](int64_t i, int64_t lanes) {
-          (value_of(f, row, i, lanes) * weight).store(to + i, lanes);
-        });
-        storage::round_row<S>(to, n, a + r * n);
-      }
-    });
+  ActivateRow<T> activate_one = nullptr;
+  with_activation(activation, layout.gated, [&](auto f) { activate_one = &activate_row<T, decltype(f)>; });
+  rows::for_rows(count, layout.width() * kWeight, [&](int64_t begin, int64_t end) {
+    T* const memory = threads::scratch<T, 1>(layout.width() + n);
+    for (int64_t r = begin; r < end; ++r) {
+      const auto row = read_halves(z + r * layout.width(), layout, memory);
+      T* to = memory + layout.width();
+      if constexpr (std::is_same_v<T, O>) to = a + r * n;
+      activate_one(row, n, factor == nullptr ? T(1) : factor[r], to);
+      storage::round_row<S>(to, n, a + r * n);
+    }
   });
+}
+
+// What `activate_backward` below does for one row of n; returns the gradient to its factor.
+template <typename T, typename O>
+using ActivateRowBackward = T (*)(Halves<const T> z, int64_t n, bool gated, T weight, const T* v, O* a,
+                                  Halves<T> dz);
+
+template <typename T, typename O, typename F>
+T activate_row_backward(Halves<const T> z, int64_t n, bool gated, T weight, const T* v, O* a,
+                        Halves<T> dz) {
+  const F f;
+  const Vec<T> factor(weight);
+  rows::Sum<T> sum;
+  rows::accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
+    const auto slopes = slopes_of(f, z, i, lanes);
+    const auto g = Vec<T>::loadu(v + i, lanes), d = g * factor;
+    (d * slopes.to_gate).store(dz.gate + i, lanes);
+    if (gated) (d * slopes.to_up).store(dz.up + i, lanes);
+    sum.part[slot] = sum.part[slot] + g * slopes.value;
+    storage::store<T>(slopes.value * factor, a + i, lanes);
+  });
+  return static_cast<T>(sum.total());
 }
 
 // Of a row with v the gradient to factor times act(z): dz = factor v act'(z), a = factor act(z), and product, the
@@ -105,37 +135,28 @@ template <typename T, typename S, typename O>
 void activate_backward(c10::string_view activation, const Layout& layout, int64_t count, const S* z, const T* factor,
                        const T* v, O* a, O* dz, T* product) {
   const int64_t n = layout.inner, width = layout.width();
-  with_activation(activation, layout.gated, [&](auto f) {
-    rows::for_rows(count, width * kWeight, [&](int64_t begin, int64_t end) {
-      T* const memory = threads::scratch<T, 1>(2 * width);
-      for (int64_t r = begin; r < end; ++r) {
-        const auto row = read_halves(z + r * width, layout, memory);
-        const bool direct = std::is_same_v<T, O> && !layout.interleaved;
-        T* const to_row = direct ? reinterpret_cast<T*>(dz + r * width) : memory + width;
-        const auto to = halves(to_row, layout);
-        const Vec<T> weight(factor == nullptr ? T(1) : factor[r]);
-        rows::Sum<T> sum;
-        rows::accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
-          const auto slopes = slopes_of(f, row, i, lanes);
-          const auto g = Vec<T>::loadu(v + r * n + i, lanes), d = g * weight;
-          (d * slopes.to_gate).store(to.gate + i, lanes);
-          if (layout.gated) (d * slopes.to_up).store(to.up + i, lanes);
-          sum.part[slot] = sum.part[slot] + g * slopes.value;
-          storage::store<T>(slopes.value * weight, a + r * n + i, lanes);
-        });
-        product[r] = static_cast<T>(sum.total());
-        if (direct) continue;
-        O* const out = dz + r * width;
-        if (!layout.interleaved) {
-          storage::write_row(to_row, width, out);
-          continue;
-        }
-        for (int64_t i = 0; i < n; ++i) {
-          out[2 * i] = static_cast<O>(to.gate[i]);
-          out[2 * i + 1] = static_cast<O>(to.up[i]);
-        }
+  ActivateRowBackward<T, O> backward_of_one = nullptr;
+  with_activation(activation, layout.gated,
+                  [&](auto f) { backward_of_one = &activate_row_backward<T, O, decltype(f)>; });
+  rows::for_rows(count, width * kWeight, [&](int64_t begin, int64_t end) {
+    T* const memory = threads::scratch<T, 1>(2 * width);
+    for (int64_t r = begin; r < end; ++r) {
+      const auto row = read_halves(z + r * width, layout, memory);
+      const bool direct = std::is_same_v<T, O> && !layout.interleaved;
+      T* const to_row = direct ? reinterpret_cast<T*>(dz + r * width) : memory + width;
+      const auto to = halves(to_row, layout);
+      product[r] = backward_of_one(row, n, layout.gated, factor == nullptr ? T(1) : factor[r], v + r * n, a + r * n, to);
+      if (direct) continue;
+      O* const out = dz + r * width;
+      if (!layout.interleaved) {
+        storage::write_row(to_row, width, out);
+        continue;
       }
-    });
+      for (int64_t i = 0; i < n; ++i) {
+        out[2 * i] = static_cast<O>(to.gate[i]);
+        out[2 * i + 1] = static_cast<O>(to.up[i]);
+      }
+    }
   });
 }
 

@@ -20,8 +20,8 @@ void check(const char* name, const Tensor& x, const Tensor& weight, const std::o
 
 // gate = f(gate) * up on columns [first, last) of rows [row, row_end).
 template <typename T, typename S, typename F>
-void combine(const F& f, S* gate, const S* up, int64_t stride, int64_t row, int64_t row_end, int64_t first,
-             int64_t last) {
+void combine(S* gate, const S* up, int64_t stride, int64_t row, int64_t row_end, int64_t first, int64_t last) {
+  const F f;
   const int64_t count = last - first;
   T *const g = threads::scratch<T, 7>(2 * count), *const u = g + count;
   for (int64_t r = row; r < row_end; ++r) {
@@ -39,9 +39,14 @@ void combine(const F& f, S* gate, const S* up, int64_t stride, int64_t row, int6
   }
 }
 
-template <typename T, typename S, typename F>
-void run(const F& f, const matmul::Problem<T, S>& gate, const matmul::Problem<T, S>& up, S* gate_out,
-         const S* up_out) {
+// `combine` of one kind: the GEMMs around it are the same for all, and compiled once.
+template <typename S>
+using Combine = void (*)(S* gate, const S* up, int64_t stride, int64_t row, int64_t row_end, int64_t first,
+                         int64_t last);
+
+template <typename T, typename S>
+void run(Combine<S> combine_columns, const matmul::Problem<T, S>& gate,
+         const matmul::Problem<T, S>& up, S* gate_out, const S* up_out) {
   const gemm::Panels<T> panels(gate.outputs, gate.rows);
   const auto cut = [](int64_t count, int64_t parts) { return (count + parts - 1) / parts; };
   const int64_t work = 2 * matmul::cost(gate.rows, gate.outputs * gate.depth);
@@ -59,7 +64,7 @@ void run(const F& f, const matmul::Problem<T, S>& gate, const matmul::Problem<T,
     for (const auto* problem : {&gate, &up})
       if (problem->depth > 0) matmul::block(*problem, row, row_end, panel, panel_end);
     const int64_t last = panels.begin(panel_end - 1) + panels.columns(panel_end - 1);
-    combine<gemm::Sum<T>>(f, gate_out, up_out, gate.out_stride, row, row_end, panels.begin(panel), last);
+    combine_columns(gate_out, up_out, gate.out_stride, row, row_end, panels.begin(panel), last);
   });
 }
 
@@ -99,9 +104,11 @@ Tensor gated_linear(const Tensor& x, const Tensor& gate_weight, const Tensor& up
       matmul::fill_empty(of_gate);
       matmul::fill_empty(of_up);
     }
+    Combine<S> combine_columns = nullptr;
     activations::with_kind({kind.data(), kind.size()}, [&](auto f) {
-      run(f, of_gate, of_up, gate.mutable_data_ptr<S>(), up.const_data_ptr<S>());
+      combine_columns = &combine<T, S, decltype(f)>;
     });
+    run(combine_columns, of_gate, of_up, gate.mutable_data_ptr<S>(), up.const_data_ptr<S>());
   });
   return gate;
 }

@@ -7,11 +7,13 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
+#include <c10/util/FunctionRef.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "dtypes.h"
@@ -118,8 +120,8 @@ inline void for_vectors(int64_t n, const Body& body) {
 
 // span(row, column, length) over all elements: whole rows, or any stretch of one long row when `flat`.
 // For elementwise work only; `weight` is the cost of an element in units of a simple one.
-template <typename Span>
-inline void for_spans(bool flat, int64_t count, int64_t width, int64_t weight, const Span& span) {
+inline void for_spans(bool flat, int64_t count, int64_t width, int64_t weight,
+                      c10::function_ref<void(int64_t, int64_t, int64_t)> span) {
   if (width == 0) return;
   if (flat) {
     threads::parallel_for(0, count * width, kGrain / weight,
@@ -132,8 +134,7 @@ inline void for_spans(bool flat, int64_t count, int64_t width, int64_t weight, c
 }
 
 // body(first, last) over ranges of rows of this width.
-template <typename Body>
-inline void for_rows(int64_t count, int64_t width, const Body& body) {
+inline void for_rows(int64_t count, int64_t width, c10::function_ref<void(int64_t, int64_t)> body) {
   threads::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)), body);
 }
 
@@ -199,8 +200,8 @@ struct Blocks {
 
   // partial(first row, last row, sums): `sums` holds `width` zeros to add the block's rows to;
   // the total of all blocks is written to `out`.
-  template <typename T, typename Partial>
-  void sum(int64_t width, T* out, const Partial& partial) const {
+  template <typename T>
+  void sum(int64_t width, T* out, c10::function_ref<void(int64_t, int64_t, std::type_identity_t<T>*)> partial) const {
     std::vector<T> sums(count * width, T(0));
     threads::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size * width)),
                      [&](int64_t begin, int64_t end) {

@@ -6,6 +6,7 @@
 // watch for work for as long as a short serial op takes, then sleep.
 #pragma once
 #include <ATen/Parallel.h>
+#include <c10/util/FunctionRef.h>
 
 #include <atomic>
 #include <cstdint>
@@ -55,10 +56,8 @@ class Team {
   };
 
   // body(task) for every task below `count`, on at most `workers` threads, the calling one among them.
-  template <typename Body>
-  void run(int64_t count, int64_t workers, const Body& body) {
-    body_ = [](const void* of, int64_t task) { (*static_cast<const Body*>(of))(task); };
-    argument_ = &body;
+  void run(int64_t count, int64_t workers, c10::function_ref<void(int64_t)> body) {
+    body_ = body;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
     error_ = nullptr;
@@ -147,7 +146,7 @@ class Team {
   void work() {
     in_task_flag() = true;
     try {
-      for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) body_(argument_, task);
+      for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) body_(task);
     } catch (...) {
       next_.store(count_, std::memory_order_relaxed);
       const std::lock_guard<std::mutex> guard(failing_);
@@ -161,8 +160,7 @@ class Team {
   std::atomic<uint32_t> turn_{0};
   std::atomic<int32_t> sleeping_{0};
   std::atomic<int64_t> next_{0};
-  void (*body_)(const void*, int64_t) = nullptr;
-  const void* argument_ = nullptr;
+  c10::function_ref<void(int64_t)> body_;
   int64_t count_ = 0, threads_ = 0;
   std::exception_ptr error_;
 };

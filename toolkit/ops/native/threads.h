@@ -1,6 +1,7 @@
 // What kernels share that give out their own work: tasks for whichever thread is free, and a thread's memory.
 #pragma once
 #include <ATen/Parallel.h>
+#include <c10/util/FunctionRef.h>
 
 #include <algorithm>
 #include <atomic>
@@ -11,10 +12,13 @@
 
 namespace toolkit::threads {
 
+// Bodies come as references to functions, not as template arguments: each is compiled once, and not once for every way
+// to run it.
+
 // body(task) for every task below `count`, on at most `workers` threads: those of the running step's team, or torch's.
 // Each takes the next task when it is free: only who computes a task varies, so a task must not depend on that.
-template <typename Body>
-inline void run_tasks(int64_t count, int64_t workers, const Body& body) {
+__attribute__((noinline)) inline void run_tasks(int64_t count, int64_t workers,
+                                                c10::function_ref<void(int64_t)> body) {
   if (workers <= 1 || count <= 1 || Team::in_task()) {
     for (int64_t task = 0; task < count; ++task) body(task);
     return;
@@ -27,8 +31,8 @@ inline void run_tasks(int64_t count, int64_t workers, const Body& body) {
 }
 
 // body(first, last) over parts of [begin, end) of at least `grain`, as at::parallel_for has it.
-template <typename Body>
-inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+__attribute__((noinline)) inline void parallel_for(int64_t begin, int64_t end, int64_t grain,
+                                                   c10::function_ref<void(int64_t, int64_t)> body) {
   if (begin >= end) return;
   if (Team::in_task()) return body(begin, end);
   Team* const team = Team::of_this_thread();

@@ -65,6 +65,21 @@ struct CodedExperts {
       });
     }
 
+    // What depends on the format.
+    struct Kernels {
+      decltype(quantised::Large<E, O>::pack) pack;
+      decltype(quantised::Problem::run) run_units;
+    };
+    Kernels kernels_of(int64_t first_panel, int64_t last_panel, bool to_inputs) const {
+      Kernels found{};
+      quantised::with_variant_of(of.weight, first_panel, last_panel, [&](auto kind) {
+        using Format = decltype(kind);
+        found.pack = to_inputs ? &quantised::pack_inputs<Format, E, S> : &quantised::pack_outputs<Format, E, S>;
+        found.run_units = &quantised::run_units<Format, E, S>;
+      });
+      return found;
+    }
+
     void run(bool to_inputs, const std::optional<ExpertBias<float>>& bias) {
       const int64_t panels = of.outputs / quantised::kPanel;
       const E* const rows = static_cast<const E*>(elements.const_data_ptr());
@@ -74,24 +89,21 @@ struct CodedExperts {
       if constexpr (!std::is_same_v<O, float>) sums = at::empty({plan.used, width}, elements.options().dtype(at::kFloat));
       plan.for_experts(false, [&](int64_t e, int64_t first, int64_t end) {
         const float* const shift = bias ? bias->of(e) : nullptr;
-        quantised::with_variant_of(of.weight, e * panels, (e + 1) * panels, [&](auto kind) {
-          using Format = decltype(kind);
-          if (!few(end - first, to_inputs)) {
-            const quantised::Large<E, O> gemm{
-                of.weight, e * of.outputs,
-                to_inputs ? &quantised::pack_inputs<Format, E, S> : &quantised::pack_outputs<Format, E, S>,
-                rows + at[e] * steps, steps, end - first, depth, width, shift, to + first * width};
-            return gemm.run();
-          }
-          float* out;
-          if constexpr (std::is_same_v<O, float>)
-            out = to + first * width;
-          else
-            out = sums.mutable_data_ptr<float>() + first * width;
-          problems.push_back({&of.weight, e * panels, of.outputs, rows + at[e] * steps, end - first, shift, out,
-                              &quantised::run_units<Format, E, S>});
-          rounded.emplace_back(first, end);
-        });
+        const Kernels kernels = kernels_of(e * panels, (e + 1) * panels, to_inputs);
+        if (!few(end - first, to_inputs)) {
+          const quantised::Large<E, O> gemm{of.weight,   e * of.outputs, kernels.pack, rows + at[e] * steps,
+                                            steps,       end - first,    depth,        width,
+                                            shift,       to + first * width};
+          return gemm.run();
+        }
+        float* out;
+        if constexpr (std::is_same_v<O, float>)
+          out = to + first * width;
+        else
+          out = sums.mutable_data_ptr<float>() + first * width;
+        problems.push_back({&of.weight, e * panels, of.outputs, rows + at[e] * steps, end - first, shift, out,
+                            kernels.run_units});
+        rounded.emplace_back(first, end);
       });
       if (!problems.empty()) quantised::run(problems);
       if constexpr (!std::is_same_v<O, float>)

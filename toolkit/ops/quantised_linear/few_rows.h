@@ -112,10 +112,10 @@ __attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel
       typename Format::Group groups[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) groups[v] = Format::group(w, panels[v / kParts], g, v % kParts * kLanes);
-      const auto take = [&](auto j, const Words(&words)[V], int64_t left) TOOLKIT_LAMBDA {
+      const auto take = [&](auto j, const Words(&words)[V], int64_t at, int64_t left) TOOLKIT_LAMBDA {
         Floats values[V];
         elements<Format, T, S, j(), V>(words, groups, left, values);
-        gemm::multiply_add<T, R, V>(x + k / terms + j(), steps, values, sum);
+        gemm::multiply_add<T, R, V>(x + at, steps, values, sum);
       };
       for (; k < end; k += per_word) {
         Words words[V];
@@ -140,12 +140,16 @@ __attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel
               }
             }
           } else {
-            for_steps<Format, T>([&](auto j) TOOLKIT_LAMBDA { take(j, words, per_word); });
+            for_steps<Format, T>([&](auto j) TOOLKIT_LAMBDA { take(j, words, k / terms + j(), per_word); });
           }
         } else {
-          for_steps<Format, T>([&](auto j) TOOLKIT_LAMBDA {
-            if (k + j() * terms < end) take(j, words, end - k);
-          });
+          // The last word of a row, cut: its codes in turn, each as the first of what is left of it.
+#pragma GCC unroll 1
+          for (int64_t i = k; i < end; i += terms) {
+            take(std::integral_constant<int, 0>{}, words, i / terms, end - i);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) words[v] >>= Format::kBits * int(terms);
+          }
         }
       }
     }

@@ -22,17 +22,21 @@ void softmax(const T* x, int64_t n, T* p) {
 }
 
 template <typename T, typename F>
-void score_row(const F& f, const T* x, int64_t n, T* p) {
+void score_row(const T* x, int64_t n, T* p) {
+  const F f;
   for_vectors<T>(n, [&](int64_t i, int64_t lanes) { f.value(Vec<T>::loadu(x + i, lanes)).store(p + i, lanes); });
 }
 
-// body(scoring_func), where scoring_func(x, n, p) writes p of one row.
-template <typename T, typename Body>
-void with_score(c10::string_view name, const Body& body) {
-  if (name == "softmax") return body(softmax<T>);
-  activations::with_plain_kind({name.data(), name.size()}, [&](auto f) {
-    body([f](const T* x, int64_t n, T* p) { score_row(f, x, n, p); });
-  });
+// The function (x, n, p) that writes p of one row.
+template <typename T>
+using Scores = void (*)(const T* x, int64_t n, T* p);
+
+template <typename T>
+Scores<T> scores_by(c10::string_view name) {
+  if (name == "softmax") return softmax<T>;
+  Scores<T> found = nullptr;
+  activations::with_plain_kind({name.data(), name.size()}, [&](auto f) { found = score_row<T, decltype(f)>; });
+  return found;
 }
 
 // The `count` largest of the offered values, largest first; ties go to the value offered first. NaN counts as -inf.
@@ -127,23 +131,22 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const std::optional<Ten
     const T* add = expert_bias ? shift.const_data_ptr<T>() : nullptr;
     T* to_weights = weights.mutable_data_ptr<T>();
     int64_t* to_ids = ids.mutable_data_ptr<int64_t>();
-    with_score<T>(scoring_func, [&](auto scores_of) {
-      for_rows(x.count, count * kWeight, [&](int64_t begin, int64_t end) {
-        std::vector<T> p(count), values(expert_bias ? count : 0);
-        Selection<T> selection(top_k, n_group, topk_group, experts_per_group_score, members);
-        for (int64_t t = begin; t < end; ++t) {
-          scores_of(x.row<T>(t), count, p.data());
-          int64_t* id = to_ids + t * top_k;
-          for (size_t e = 0; e < values.size(); ++e) values[e] = p[e] + add[e];
-          if (!given_ids) selection.select(expert_bias ? values.data() : p.data(), id);
-          T total(0);
-          for (int64_t i = 0; i < top_k; ++i) total += p[id[i]];
-          total += static_cast<T>(eps);
-          for (int64_t i = 0; i < top_k; ++i)
-            to_weights[t * top_k + i] =
-                (norm_topk_prob ? p[id[i]] / total : p[id[i]]) * static_cast<T>(routed_scaling_factor);
-        }
-      });
+    const Scores<T> scores_of = scores_by<T>(scoring_func);
+    for_rows(x.count, count * kWeight, [&](int64_t begin, int64_t end) {
+      std::vector<T> p(count), values(expert_bias ? count : 0);
+      Selection<T> selection(top_k, n_group, topk_group, experts_per_group_score, members);
+      for (int64_t t = begin; t < end; ++t) {
+        scores_of(x.row<T>(t), count, p.data());
+        int64_t* id = to_ids + t * top_k;
+        for (size_t e = 0; e < values.size(); ++e) values[e] = p[e] + add[e];
+        if (!given_ids) selection.select(expert_bias ? values.data() : p.data(), id);
+        T total(0);
+        for (int64_t i = 0; i < top_k; ++i) total += p[id[i]];
+        total += static_cast<T>(eps);
+        for (int64_t i = 0; i < top_k; ++i)
+          to_weights[t * top_k + i] =
+              (norm_topk_prob ? p[id[i]] / total : p[id[i]]) * static_cast<T>(routed_scaling_factor);
+      }
     });
   });
   return {weights, ids};
@@ -201,7 +204,7 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& topk_ids
     }
     activations::with_plain_kind({scoring_func.data(), scoring_func.size()}, [&](auto f) {
       for_tokens([&](const T* row, T* p, T* to, const T* g, const int64_t* at) {
-        score_row(f, row, n, p);
+        score_row<T, decltype(f)>(row, n, p);
         scatter_gradient<T>(g, at, k, p, norm_topk_prob, eps, routed_scaling_factor, to);
         for_vectors<T>(n, [&](int64_t i, int64_t lanes) {
           const auto slope = f.both(Vec<T>::loadu(row + i, lanes)).derivative;
