@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from tests.helpers.compiler import Compiler
-from tools.compile_kernels import budgets, compiler, fingerprints, table
+from tools.compile_kernels import budgets, compiler, fingerprints, loops, table
 
 # NVIDIA's matrix units have no IEEE float32 product: there float32 is multiply-add on purpose.
 NO_MATRIX = "fp32"
@@ -65,6 +65,49 @@ def test_what_is_over_its_budget_is_named():
         (sentence,) = budgets.over([(case, more)], limits)
         assert sentence.startswith(f"{made.kernel}, {made.arch}, case {case}: {name} ")
     assert "no budget" in budgets.over([(case, compiler.Compiled(**{**vars(made), "kernel": "other"}))], limits)[0]
+
+
+def test_a_smaller_share_of_matrix_instructions_is_named():
+    case, made = rows()[0]
+    better, worse = (compiler.Compiled(**{**vars(made), "loop": loop}) for loop in ([543, 12], [768, 12]))
+    limits = budgets.budgets_of([(case, better)])
+    assert limits[made.kernel][made.arch][budgets.DOT_SHARE] == 2.2
+    assert budgets.over([(case, better)], limits) == []
+    (sentence,) = budgets.over([(case, worse)], limits)
+    assert sentence == f"{made.kernel}, {made.arch}, case {case}: dot_share 1.56 %, at least 2.2 %"
+    assert budgets.budgets_of([(case, worse), (case, better)]) == budgets.budgets_of([(case, better), (case, worse)])
+
+
+NVIDIA_LISTING = """
+        /*0000*/                   MOV R1, R2 ;         /* 0x0000000000608947 */
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R88, gdesc[UR20], RZ, !UPT ;  /* 0x00e0 */
+                                                        /* 0x000fe200078e00ff */
+        /*0020*/              @!P0 BRA 0x60 ;           /* 0x0000000000608947 */
+        /*0030*/                   FADD R1, R1, R2 ;    /* 0x0000000000608947 */
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R88, gdesc[UR20], R88, gsb0 ; /* 0x00e0 */
+        /*0050*/               @P1 BRA 0x30 ;           /* 0xfffffffc00ac8947 */
+        /*0060*/               @P2 BRA P6, 0x0 ;        /* 0xfffffffc00ac8947 */
+        /*0070*/                   BRA 0x70;            /* 0xfffffffc00fc7947 */
+"""
+AMD_ASSEMBLY = """
+\t.amdgcn_target "amdgcn-amd-amdhsa--gfx942"
+kernel:
+\ts_mov_b32 s0, s1
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+\tv_mfma_f32_32x32x8_bf16 v[34:49], v[118:119], v[66:67], 0
+\t; a comment
+\ts_cbranch_scc1 .LBB0_2
+\ts_branch .LBB0_1
+.LBB0_2:
+\ts_endpgm
+"""
+
+
+def test_the_inner_loop_of_a_listing():
+    assert loops.nvidia_loop(NVIDIA_LISTING) == loops.Loop(3, 1)
+    assert loops.nvidia_loop(NVIDIA_LISTING.replace("HGMMA", "FFMA")) is None
+    assert loops.amd_loop(AMD_ASSEMBLY) == loops.Loop(3, 1)
+    assert loops.amd_loop(AMD_ASSEMBLY.replace("s_branch .LBB0_1", "s_branch .LBB0_2")) is None
 
 
 def test_products_use_matrix_instructions():

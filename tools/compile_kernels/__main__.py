@@ -1,9 +1,9 @@
 """What the Triton kernels compile to, for every target and shipped tile, without a GPU.
 
-``python -m tools.compile_kernels`` prints registers, shared memory, occupancy, spills and matrix instructions, and
-writes them to ``benchmarks/results/kernels.json``. Each case has a digest of the sources and launches that it was made
-from: only the cases whose digest is another one in this tree are compiled, ``--all`` compiles every one. A test
-compares the digests with the tree.
+``python -m tools.compile_kernels`` prints registers, shared memory, occupancy, spills, matrix instructions and their
+share of the inner loop, and writes them to ``benchmarks/results/kernels.json``. Each case has a digest of the sources
+and launches that it was made from: only the cases whose digest is another one in this tree are compiled, ``--all``
+compiles every one. A test compares the digests with the tree.
 """
 
 import argparse
@@ -13,12 +13,15 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 
 from benchmarks.common import print_table
-from tools.compile_kernels import table
+from tools.compile_kernels import budgets, table
 from tools.compile_kernels.compiler import SHARED_LIMIT, Compiled, compile_case, faults
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is decorated; the workers inherit what is left
 
-HEADER = ["case", "kernel", "target", "registers", "shared KiB", "occupancy", "spilled", "dots", "matrix instructions"]
+HEADER = [
+    "case", "kernel", "target", "registers", "shared KiB", "occupancy", "spilled", "dots", "matrix instructions",
+    "of the inner loop",
+]  # fmt: skip
 
 PROGRESS = 20  # pairs of case and target, after which a line says how far it is
 
@@ -54,7 +57,10 @@ def main() -> None:
         for made in compiled:
             matrix = ", ".join(f"{count} {kind}" for kind, count in made.matrix.items()) or "none"
             filled, shared = f"{made.occupancy:.0%}", f"{made.shared / 1024:.1f}"
-            rows.append([name, made.kernel, arch, made.registers, shared, filled, made.spilled, made.dots, matrix])
+            share = budgets.dot_share(made)
+            of_loop = "" if share is None else f"{share:.1f} % of {made.loop[0]}"
+            about = made.registers, shared, filled, made.spilled, made.dots, matrix, of_loop
+            rows.append([name, made.kernel, arch, *about])
             unfit += [f"{name}, {made.kernel}, {arch}: {fault}" for fault in faults(made)]
     print_table("Compiled kernels", HEADER, rows)
     for line in unfit:

@@ -1,12 +1,14 @@
 """What a kernel may take at most, as data: a regression fails by name.
 
 ``budgets.json`` holds for every kernel and target the registers, shared memory and spills that the largest of its cases
-may take. The rows of the committed table are held to it, and so is what a test compiles afresh.
-``python -m tools.compile_kernels.budgets`` writes the file from the committed table: run it only where a kernel is
-meant to take more, and look at the difference.
+may take, and the percentage of matrix instructions in the inner loop that none of its cases may fall below; cases that
+were compiled before the table had it have none. The rows of the committed table are held to it, and so is what a test
+compiles afresh. ``python -m tools.compile_kernels.budgets`` writes the file from the committed table: run it only where
+a kernel is meant to take more, and look at the difference.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from tools.compile_kernels.compiler import Compiled
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 LIMITS = ("registers", "shared", "spilled")
-# kernel -> target -> limit -> the most of it
-Budgets = dict[str, dict[str, dict[str, int]]]
+DOT_SHARE = "dot_share"
+# kernel -> target -> limit -> the most of it, of the share of matrix instructions the least
+Budgets = dict[str, dict[str, dict[str, float]]]
 
 
 def read() -> Budgets:
@@ -25,7 +28,7 @@ def read() -> Budgets:
     return found
 
 
-def over(rows: Iterable[tuple[str, Compiled]], budgets: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
+def over(rows: Iterable[tuple[str, Compiled]], budgets: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
     """One sentence for each row, (case, compiled kernel), that takes more than its kernel may."""
     found = []
     for case, made in rows:
@@ -37,16 +40,30 @@ def over(rows: Iterable[tuple[str, Compiled]], budgets: Mapping[str, Mapping[str
             taken, limit = getattr(made, name), limits[name]
             if taken > limit:
                 found.append(f"{made.kernel}, {made.arch}, case {case}: {name} {taken}, budget {limit}")
+        share, least = dot_share(made), limits.get(DOT_SHARE)
+        if share is not None and least is not None and share < least:
+            found.append(f"{made.kernel}, {made.arch}, case {case}: {DOT_SHARE} {share:.2f} %, at least {least} %")
     return found
 
 
+def dot_share(made: Compiled) -> float | None:
+    """The percentage of matrix instructions in the inner loop; None where there is no loop with some."""
+    if not made.loop:
+        return None
+    instructions, matrix = made.loop
+    return 100 * matrix / instructions
+
+
 def budgets_of(rows: Iterable[tuple[str, Compiled]]) -> Budgets:
-    """For each kernel and target the most that one of its cases takes."""
+    """For each kernel and target the most that one of its cases takes, and the least share of matrix instructions."""
     found: Budgets = {}
     for _, made in rows:
         limits = found.setdefault(made.kernel, {}).setdefault(made.arch, dict.fromkeys(LIMITS, 0))
         for name in LIMITS:
             limits[name] = max(limits[name], getattr(made, name))
+        share = dot_share(made)
+        if share is not None:
+            limits[DOT_SHARE] = min(limits.get(DOT_SHARE, 100.0), math.floor(share * 100) / 100)
     return {kernel: found[kernel] for kernel in sorted(found)}
 
 

@@ -4,17 +4,20 @@ The ops' launchers are called with CPU tensors while the launch is recorded inst
 would be launched: the same tile, flags and specialisation.
 """
 
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+
+from tools.compile_kernels import loops
 
 # Largest dynamic shared memory of a program, bytes.
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -52,6 +55,7 @@ class Compiled:
     spilled: int  # to memory; bytes on NVIDIA, vector registers on AMD
     matrix: dict[str, int]  # matrix instruction -> how often it stands in the assembly
     dots: int  # tl.dot that the kernel's intermediate code holds
+    loop: list[int] = field(default_factory=list)  # the inner loop's instructions, and matrix instructions among them
 
 
 @contextmanager
@@ -75,7 +79,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
         yield launches
 
 
-def target_of(arch: str) -> Any:
+def _target(arch: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
     return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
@@ -109,7 +113,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
 
     signature, constants, attributes = specialised(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target_of(arch), options=launch.options)
+    compiled = triton.compile(source, target=_target(arch), options=launch.options)
     assembly = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
     if arch.startswith("gfx"):
         registers = _field(assembly, r"\.vgpr_count:\s+(\d+)")
@@ -117,10 +121,16 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     else:
         registers, spilled = _nvidia_resources(compiled.asm["cubin"])
     found = MATRIX.findall(assembly)
+    loop: loops.Loop | None = None
+    if found and arch.startswith("gfx"):
+        loop = loops.amd_loop(assembly)
+    elif found:
+        loop = loops.nvidia_loop(_disassembled(compiled.asm["cubin"], "-sass"))
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     return Compiled(
         launch.kernel.__name__, arch, registers, shared, occupancy(arch, registers, shared, warps), spilled,
         {name: found.count(name) for name in sorted(set(found))}, compiled.asm["ttir"].count("tt.dot "),
+        list(loop or ()),
     )  # fmt: skip
 
 
@@ -144,15 +154,22 @@ def _field(text: str, pattern: str) -> int:
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack and local memory) from the disassembler that Triton's package carries."""
+    """(registers, bytes of stack and local memory)."""
+    report = _disassembled(cubin, "--dump-resource-usage")
+    return _field(report, r"REG:(\d+)"), _field(report, r"STACK:(\d+)") + _field(report, r"LOCAL:(\d+)")
+
+
+def _disassembled(cubin: bytes, option: str) -> str:
+    """What the disassembler that Triton's package carries says of a binary."""
     from triton import knobs
 
+    found = Path(knobs.nvidia.cuobjdump.path)
+    paths = os.pathsep.join([str(found.parent), os.environ.get("PATH", "")])  # it starts nvdisasm, which lies beside it
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return _field(report, r"REG:(\d+)"), _field(report, r"STACK:(\d+)") + _field(report, r"LOCAL:(\d+)")
+        command, environment = [str(found), option, str(path)], os.environ | {"PATH": paths}
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 def compile_case(call: Callable, arch: str) -> list[Compiled]:
