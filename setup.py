@@ -29,7 +29,7 @@ INSTRUCTION_SETS = {
     "baseline": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
 }
 if X86:
-    # For processors without AVX2 (before 2013, some virtual machines): a quarter less to wait for.
+    # For processors without AVX2: before 2013, and some virtual machines.
     INSTRUCTION_SETS["baseline"].append("-O2")
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
     # Only GEMMs use the wider vectors, where the order of additions does not depend on them: the other

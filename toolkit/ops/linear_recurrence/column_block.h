@@ -189,7 +189,8 @@ class ColumnBlock {
     const T *k = p.k.template at<T>(t, key_head), *q = p.q.template at<T>(t, key_head);
     Row<T> sum, odd;  // the new state against q, in the order of `contract`
     for (int j = 0; j < kVectors; ++j) sum[j] = odd[j] = Vec<T>(0);
-    const auto row = [&](int64_t i, Row<T>& into) {
+    // Inlined wherever it is called: a call that is not would keep the sums and u in memory.
+    const auto row = [&](int64_t i, Row<T>& into) __attribute__((always_inline)) {
       const Vec<T> key(k[i]), query(q[i]), a = decay.row(i);
       for (int j = 0; j < kVectors; ++j) {
         const auto next = at::vec::fmadd(key, w.u[j], Vec<T>::loadu(before + i * stride + j * kLanes) * a);
