@@ -11,7 +11,7 @@ def sample_case(dtype: torch.dtype, vocabulary: int) -> Callable:
     """The kernel that samples one token per row."""
 
     def call() -> None:
-        from toolkit.ops.sample.triton import sample
+        from toolkit.ops.sample.triton_sample import sample
 
         some, ids = torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.int64)
         sample(torch.empty(4, vocabulary, dtype=dtype), some, ids, some, some, ids, ids)

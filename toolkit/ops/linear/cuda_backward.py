@@ -39,3 +39,14 @@ def linear_backward(
     if need_bias:
         to_bias = rows.sum(0)
     return to_x, to_weight, to_bias
+
+
+def multiply_in_float32(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
+    """``out`` [M, N] float32 = ``left`` [M, K] ``right`` [K, N], plus what it holds with ``add``; 16-bit or float32.
+
+    On CUDA one cuBLAS GEMM, which reads 16 bits and writes 32: a sum over parts is rounded once, at its end.
+    """
+    if left.dtype == torch.float32 or left.device.type == "cpu":  # where it takes operands of one dtype only
+        torch.addmm(out, left.float(), right.float(), beta=int(add), out=out)
+    else:
+        torch.addmm(out, left, right, torch.float32, beta=int(add), out=out)  # type: ignore[call-overload]

@@ -71,11 +71,11 @@ def linear_cross_entropy(
     Args:
         hidden: [..., K], leading shape R; float32, float64, bfloat16 or float16.
         weight: [V, K] in hidden's dtype.
-        targets: R, int64, token ids below V. A row with a target of -100 does not count and costs nothing; its
-            gradient is 0, also below an upstream NaN.
+        targets: R, int64, token ids below V. A row with a target of -100 does not count and, on a CPU, costs nothing;
+            its gradient is 0, also below an upstream NaN.
         bias: [V] or None.
-        row_weights: w of shape R, without gradient to it, or None for ones. A row with weight 0 does not count and
-            costs nothing.
+        row_weights: w of shape R, without gradient to it, or None for ones. A row with weight 0 does not count
+            either.
 
     Returns:
         One number, float32 (float64 for float64).
@@ -84,16 +84,19 @@ def linear_cross_entropy(
         ToolkitError: for targets or weights of another shape, and for a backward with create_graph=True.
         OutOfVocabularyError: on CPU for any other target. On CUDA, where nothing is read back, it gives NaN.
 
-    Numerics: 16-bit GEMMs are rounded to their dtype as a head's output is; everything after that is float32. Without
-    weights bitwise identical to ``-linear_logprob(hidden, weight, targets, bias=bias).logprob.sum()``. The gradient
-    costs
-    one GEMM less: as soon as the logits of a row are computed, the gradients to hidden, weight and bias are known up to
-    one factor, the gradient of the loss. On CPU the logits of a chunk of rows are held, T K numbers or 384 V, the
-    larger of the two, and overwritten by their gradients. Saved for backward: the gradients that are needed, in float32
-    (float64); the backward multiplies them by that factor and rounds once. So the gradient of the weight takes its
-    memory from the forward on, and is computed twice under activation checkpointing. Without gradients the value alone
-    is computed. On a GPU no GEMM is saved. There is no second derivative. Entries of -inf have probability 0; a row
-    with NaN gives NaN.
+    Numerics: 16-bit GEMMs are rounded to their dtype as a head's output is; everything after that is float32. The
+    gradient costs one GEMM less than that of ``linear_logprob``: as soon as the logits of a row are computed, the
+    gradients to hidden, weight and bias are known up to one factor, the gradient of the loss.
+    On CPU without weights bitwise identical to ``-linear_logprob(hidden, weight, targets, bias=bias).logprob.sum()``,
+    and batch-invariant. The logits of a chunk of rows are held, T K numbers or 384 V, the larger of the two, and
+    overwritten by their gradients.
+    On a GPU its GEMMs are cuBLAS's, so that it belongs to numerics mode ``fast``: the gradient of a row may change in
+    the last bits with the rows beside it. The logits of 2,048 rows are held, and overwritten by their gradients. A row
+    that does not count is multiplied as zeros, for only the device knows how many there are: it does cost its GEMMs.
+    Saved for backward: the gradients that are needed, in float32 (float64); the backward multiplies them by that factor
+    and rounds once. So the gradient of the weight takes its memory from the forward on, and is computed twice under
+    activation checkpointing. Without gradients the value alone is computed, on a GPU by ``linear_logprob``. There is no
+    second derivative. Entries of -inf have probability 0; a row with NaN gives NaN.
     """
     rows = hidden.shape[:-1]
     for name, given in (("targets", targets), ("row_weights", row_weights)):

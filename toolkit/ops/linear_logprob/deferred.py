@@ -291,12 +291,14 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of -log p(target) over the rows, in nats, bitwise ``-token_logprobs(logits, targets)[0].sum()``.
+    """The sum of -log p(target) over the rows, in nats; on a CPU bitwise ``-token_logprobs(logits, targets)[0].sum()``.
 
-    For deferred logits without steps on a CPU, ``linear_cross_entropy`` takes value and gradients in three GEMMs
-    instead of four. Scaled or capped ones, and other devices, where no GEMM would be saved, use ``token_logprobs``.
+    For deferred logits without steps, ``linear_cross_entropy`` takes value and gradients in three GEMMs instead of
+    four: on a CPU, and on CUDA, where logits are deferred in fast mode only. Scaled or capped ones, and devices without
+    a kernel, use ``token_logprobs``.
     """
-    three_gemms = logits.device.type == "cpu" and has_native("linear_cross_entropy")
+    device = logits.device.type
+    three_gemms = device == "cuda" or (device == "cpu" and has_native("linear_cross_entropy"))
     if three_gemms and isinstance(logits, DeferredLogits) and logits.dense is None and not logits.steps:
         logits.check()
         logits.passed_by = True

@@ -1,9 +1,16 @@
-"""Backward of linear_logprob in Triton, a chunk of the vocabulary at a time.
+"""Backward of linear_logprob in Triton and cuBLAS, a chunk of the vocabulary at a time.
 
-Per chunk of fixed width three kernels without atomics: one computes the logits again, tile by tile as the forward
-did, and from them their gradients; one owns tiles of d hidden and adds the chunk's part, chunks in order; one owns
-tiles of d weight and sums rows in order. Rows without any gradient are sorted behind the others on the device and
-never visited. Gradients to the logits are rounded to the dtype of hidden, as a head's are.
+Per chunk of fixed width: one kernel computes the logits again, tile by tile as the forward did, and from them their
+gradients dz; one owns tiles of d hidden and adds the chunk's part, chunks in order, batch-invariant as ``linear``'s
+gradient of x; d weight is cuBLAS's, as ``linear``'s is, and summed over rows whole, so that nothing is added up between
+chunks. No atomics. Rows without any gradient are sorted behind the others on the device: only the GEMM of d weight
+visits them, as zeros. Gradients to the logits are rounded to the dtype of hidden, as a head's are.
+
+Of T rows, V tokens, hidden size K and chunks of C columns in a dtype of b bytes: 6 T V K FLOPs in three GEMMs (logits,
+d hidden, d weight), 3 V / C launches, 57 at V = 151,936. dz is written once and read twice, 3 b T V bytes, and held T C
+numbers at a time; d hidden is added up in float32, 8 T K V / C bytes of traffic, so that C = 8192 leaves it at
+hundreds of FLOPs a byte. Chunks of 4,096 columns and a Triton kernel for d weight took 114 launches, whose stores of dz
+were 64 of two bytes a thread.
 """
 
 import torch
@@ -16,23 +23,30 @@ from toolkit.ops.linear_logprob import tiles
 from toolkit.ops.linear_logprob.triton import check, logit_tile, logits_tile
 
 
-@triton.jit(do_not_specialize=["candidates", "begin"])
+@triton.jit(do_not_specialize=["rows", "candidates", "begin"])
 def logit_gradients(
     hidden, weight, bias, temperature, targets, lse, entropy, grad_logprob, grad_lse, grad_entropy, grad_mean,
-    order, count, dz, begin, width, vocabulary, depth, candidates, stride_h, stride_w, stride_z, scale, softcap,
+    order, count, dz, rows, begin, width, vocabulary, depth, candidates, stride_h, stride_w, stride_z, scale, softcap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
     BIASED: tl.constexpr, CAPPED: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
-    """dz[place, v - begin]: gradients to the products of a tile of rows with ``width`` columns from ``begin`` on."""
+    """dz[place, v - begin]: gradients to the products of a tile of rows with ``width`` columns from ``begin`` on.
+
+    0 in the rows behind those with a gradient.
+    """
     first = tl.program_id(0).to(tl.int64) * ROWS
+    place = first + tl.arange(0, ROWS)
+    # Counted from the chunk's first column: a difference of columns would hide from the compiler that they are aligned.
+    within = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at_dz = dz + place[:, None] * stride_z + within[None, :]
+    stored = (place < rows)[:, None] & (within < width)[None, :]
     real = tl.load(count)
     if first >= real:
+        tl.store(at_dz, tl.zeros([ROWS, COLUMNS], dz.dtype.element_ty), mask=stored)
         return
-    place = first + tl.arange(0, ROWS)
     row_ok = place < real
     row = tl.load(order + place, mask=row_ok, other=0)
-    start = begin + tl.program_id(1).to(tl.int64) * COLUMNS
-    column = start + tl.arange(0, COLUMNS)
+    column = begin + within.to(tl.int64)
     z, slope = logit_tile(
         hidden, weight, bias, temperature, row, row_ok, column, vocabulary, depth, stride_h, stride_w, scale, softcap,
         ROWS, COLUMNS, DEPTH, EVEN, BIASED, CAPPED, TEMPERED,
@@ -55,8 +69,8 @@ def logit_gradients(
         by_target = tl.load(grad_logprob + at, mask=target >= 0, other=0.0)
         result += tl.where(column[None, :] == target[:, None], by_target[:, None], 0.0)
     result = result * slope
-    at = place[:, None] * stride_z + (column - begin)[None, :]
-    tl.store(dz + at, result.to(dz.dtype.element_ty), mask=row_ok[:, None] & (column < begin + width)[None, :])
+    result = tl.where(row_ok[:, None], result, 0.0)
+    tl.store(at_dz, result.to(dz.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["begin", "rows"])
@@ -100,47 +114,6 @@ def hidden_gradient(
         tl.store(at, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["begin"])
-def weight_gradient(
-    dz, hidden, order, count, dw, begin, width, depth, stride_z, stride_h,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """dw[v, k] = sum over rows with a gradient, in order, of dz[place, v] * hidden[row, k]."""
-    row_tile, column_tile = grouped_tile(tl.program_id(0), tl.cdiv(width, ROWS), tl.cdiv(depth, COLUMNS), GROUP)
-    real = tl.load(count).to(tl.int32)
-    v = row_tile * ROWS + tl.arange(0, ROWS)
-    k = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    v_ok, k_ok = (v < width)[:, None], (k < depth)[None, :]
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, real, DEPTH):
-        place = start + tl.arange(0, DEPTH)
-        ok = place < real
-        row = tl.load(order + place, mask=ok, other=0)
-        left = tl.load(
-            dz + place.to(tl.int64)[None, :] * stride_z + v[:, None], mask=ok[None, :] & v_ok, other=0.0
-        )  # fmt: skip
-        right = tl.load(hidden + row[:, None] * stride_h + k[None, :], mask=ok[:, None] & k_ok, other=0.0)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
-    tl.store(
-        dw + (begin + v.to(tl.int64))[:, None] * depth + k[None, :],
-        acc.to(dw.dtype.element_ty), mask=v_ok & k_ok,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["begin"])
-def bias_gradient(dz, count, db, begin, width, stride_z, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-    """db[v] = sum over rows with a gradient, in order, of dz[place, v]."""
-    v = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    real = tl.load(count).to(tl.int32)
-    acc = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, real, DEPTH):
-        place = start + tl.arange(0, DEPTH)
-        mask = (place < real)[:, None] & (v < width)[None, :]
-        values = tl.load(dz + place.to(tl.int64)[:, None] * stride_z + v[None, :], mask=mask, other=0.0)
-        acc += tl.sum(values.to(tl.float32), 0)
-    tl.store(db + begin + v, acc.to(db.dtype.element_ty), mask=v < width)
-
-
 def linear_logprob_backward(
     grad_logprob: torch.Tensor,
     grad_lse: torch.Tensor,
@@ -172,6 +145,7 @@ def linear_logprob_backward(
         passes = passes | (gradient != 0)
     order = torch.sort(passes.logical_not().to(torch.int8), stable=True).indices
     count = passes.sum().reshape(1)
+    counted = (torch.arange(rows, device=hidden.device) < count)[:, None]
 
     none = hidden.new_empty(0)
     dx = torch.zeros(rows, depth, dtype=hidden.dtype, device=hidden.device) if need_hidden else none
@@ -185,9 +159,9 @@ def linear_logprob_backward(
     several = dx.numel() > 0 and vocabulary > pitch
     total = torch.empty(rows if several else 0, depth, dtype=torch.float32, device=hidden.device)
     size = logits_tile(hidden, softcap, temperature)
-    for_hidden, for_weight = (
-        table.find(arch, hidden.dtype, row_widths=(depth,)) for table in (tiles.HIDDEN, tiles.WEIGHT)
-    )
+    choice = tiles.HIDDEN.find(arch, hidden.dtype, row_widths=(depth,))
+    # In the order of dz. Zero times what a row without gradient holds, which may be NaN, would not be zero.
+    rows_of_dz = torch.where(counted, hidden.index_select(0, order), 0.0) if dw.numel() else none
     for begin in range(0, vocabulary, pitch):
         width = min(pitch, vocabulary - begin)
         logit_gradients[(triton.cdiv(rows, size.rows), triton.cdiv(width, size.columns))](
@@ -205,6 +179,7 @@ def linear_logprob_backward(
             order=order,
             count=count,
             dz=dz,
+            rows=rows,
             begin=begin,
             width=width,
             vocabulary=vocabulary,
@@ -225,7 +200,6 @@ def linear_logprob_backward(
             **size.options(),
         )
         if dx.numel() > 0:
-            choice = for_hidden
             hidden_gradient[(triton.cdiv(rows, choice.rows) * triton.cdiv(depth, choice.columns),)](
                 dz=dz,
                 weight=matrix,
@@ -249,16 +223,9 @@ def linear_logprob_backward(
                 LAST=begin + width == vocabulary,
                 **choice.options(),
             )
+        chunk, part = slice(begin, begin + width), dz[:, :width]
         if dw.numel() > 0:
-            choice = for_weight
-            weight_gradient[(triton.cdiv(width, choice.rows) * triton.cdiv(depth, choice.columns),)](
-                dz, hidden, order, count, dw, begin, width, depth, dz.stride(0), hidden.stride(0),
-                ROWS=choice.rows, COLUMNS=choice.columns, DEPTH=choice.depth, GROUP=8,
-                **choice.options(),
-            )  # fmt: skip
+            torch.mm(part.t(), rows_of_dz, out=dw[chunk])
         if with_bias:
-            bias_gradient[(triton.cdiv(width, 64),)](
-                dz, count, db, begin, width, dz.stride(0),
-                COLUMNS=64, DEPTH=64, num_warps=4, num_stages=1, enable_fp_fusion=False,
-            )  # fmt: skip
+            db[chunk] = part.sum(0, dtype=torch.float32)
     return dx, dw, db

@@ -13,7 +13,7 @@ _SAMPLE = register(
     " -> (Tensor, Tensor)",
     reference=reference.sample,
     fake=reference.sample_fake,
-    triton="toolkit.ops.sample.triton.sample",
+    triton="toolkit.ops.sample.triton_sample.sample",
 )
 _PENALIZE = register(
     "penalize(Tensor logits, Tensor history, Tensor offsets, Tensor prompt_lengths, Tensor repetition,"

@@ -47,7 +47,7 @@ def join_blocks(logits, targets, tops, sums, logprob, lse, width, stride, COUNT:
 
 @triton.jit(do_not_specialize=["rows"])
 def token_logprob_grad(
-    grad_logprob, grad_lse, logits, targets, lse, dlogits, rows, width, stride,
+    grad_logprob, grad_lse, logits, targets, lse, dlogits, rows, width, stride, stride_d,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(g_lse - g) exp(x - lse) + g onehot, with g = 0 where the target is ignored."""
@@ -58,7 +58,7 @@ def token_logprob_grad(
     top = tl.load(lse + row, mask=row < rows, other=0.0)
     values = tl.load(logits + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     result = tl.where(weight == 0.0, 0.0, tl.exp(values - top) * weight) + tl.where(column == target, own, 0.0)
-    tl.store(dlogits + row * width + column, result.to(dlogits.dtype.element_ty), mask=inside)
+    tl.store(dlogits + row * stride_d + column, result.to(dlogits.dtype.element_ty), mask=inside)
 
 
 def token_logprob(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,12 +90,22 @@ def token_logprob_backward(
 ) -> Tensor:
     """``toolkit::token_logprob_backward``: the gradient to logits, [..., V]."""
     flat = matrix("token_logprob_backward", logits)
-    rows, width = flat.shape
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if dlogits.numel():
-        tile = part_of_row(width, logits.itemsize)
-        token_logprob_grad[(blocks(rows, tile.rows) * blocks(width, tile.block),)](
-            grad_logprob.contiguous(), grad_lse.contiguous(), flat, targets.contiguous(), lse.contiguous(), dlogits,
-            rows, width, flat.stride(0), **tile.options(),
-        )  # fmt: skip
+        write_gradient(grad_logprob, grad_lse, flat, targets, lse, dlogits.view(flat.shape))
     return dlogits
+
+
+def write_gradient(
+    grad_logprob: Tensor, grad_lse: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, dlogits: Tensor
+) -> None:
+    """``token_logprob_backward`` of logits [T, V] into ``dlogits`` [T, V], which may be the logits themselves.
+
+    Both have unit stride along V.
+    """
+    rows, width = logits.shape
+    tile = part_of_row(width, logits.itemsize)
+    token_logprob_grad[(blocks(rows, tile.rows) * blocks(width, tile.block),)](
+        grad_logprob.contiguous(), grad_lse.contiguous(), logits, targets.contiguous(), lse.contiguous(), dlogits,
+        rows, width, logits.stride(0), dlogits.stride(0), **tile.options(),
+    )  # fmt: skip
