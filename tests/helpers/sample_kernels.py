@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from toolkit.ops.sample.triton import ordered
-from toolkit.ops.sample.triton_sample import uniform, value_of
+from toolkit.ops.sample.triton import ordered, uniform, value_of
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Penalties in Triton, by marks of a row's previous tokens; and the keys that order floats."""
+"""Penalties in Triton, by marks of a row's previous tokens; and what sampling shares: ordered keys, uniforms."""
 
 import torch
 import triton
@@ -8,6 +8,7 @@ from toolkit.ops.triton_rows import matrix
 
 MAX_BLOCK = 4096
 
+LOWEST = tl.constexpr(-(2**31))  # a key below all others
 _NAN = tl.constexpr(2**31 - 1)  # the key of every NaN
 
 _SEEN = tl.constexpr(1 << 30)
@@ -21,6 +22,36 @@ def ordered(values):
     bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)
     keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(values != values, _NAN, keys)
+
+
+@triton.jit
+def value_of(key):
+    """The float32 with this int32 key."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def keys_of(row, columns, WIDTH: tl.constexpr):
+    """The keys at ``columns`` of a row of logits, below all others outside of it."""
+    inside = columns < WIDTH
+    values = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside, ordered(values), LOWEST)
+
+
+@triton.jit
+def uniform(seed, step):
+    """The top 53 of the first 64 bits of Philox4x32-10, as a multiple of 2**-53 in [0, 1), float64."""
+    low = step.to(tl.uint32)
+    high = (step >> 32).to(tl.uint32)
+    first, second, _, _ = tl.philox(seed, low, high, low * 0, low * 0)
+    bits = (first.to(tl.int64) << 21) | (second.to(tl.int64) >> 11)
+    return bits.to(tl.float64) * 1.1102230246251565e-16
+
+
+@triton.jit
+def positions(keys):
+    """Keys as int64 from 0 to 2**32 - 1, whose digits are in the order of the keys."""
+    return keys.to(tl.int64) - LOWEST
 
 
 @triton.jit
