@@ -49,4 +49,4 @@ def multiply_in_float32(left: Tensor, right: Tensor, out: Tensor, *, add: bool) 
     if left.dtype == torch.float32 or left.device.type == "cpu":  # where it takes operands of one dtype only
         torch.addmm(out, left.float(), right.float(), beta=int(add), out=out)
     else:
-        torch.addmm(out, left, right, torch.float32, beta=int(add), out=out)  # type: ignore[call-overload]
+        torch.addmm(out, left, right, torch.float32, beta=int(add), out=out)

@@ -23,30 +23,22 @@ from toolkit.ops.linear_logprob import tiles
 from toolkit.ops.linear_logprob.triton import check, logit_tile, logits_tile
 
 
-@triton.jit(do_not_specialize=["rows", "candidates", "begin"])
+@triton.jit(do_not_specialize=["candidates", "begin"])
 def logit_gradients(
     hidden, weight, bias, temperature, targets, lse, entropy, grad_logprob, grad_lse, grad_entropy, grad_mean,
-    order, count, dz, rows, begin, width, vocabulary, depth, candidates, stride_h, stride_w, stride_z, scale, softcap,
+    order, count, dz, begin, width, vocabulary, depth, candidates, stride_h, stride_w, stride_z, scale, softcap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
     BIASED: tl.constexpr, CAPPED: tl.constexpr, TEMPERED: tl.constexpr,
 ):  # fmt: skip
-    """dz[place, v - begin]: gradients to the products of a tile of rows with ``width`` columns from ``begin`` on.
-
-    0 in the rows behind those with a gradient.
-    """
+    """dz[place, v - begin]: gradients to the products of a tile of rows with ``width`` columns from ``begin`` on."""
     first = tl.program_id(0).to(tl.int64) * ROWS
-    place = first + tl.arange(0, ROWS)
-    # Counted from the chunk's first column: a difference of columns would hide from the compiler that they are aligned.
-    within = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    at_dz = dz + place[:, None] * stride_z + within[None, :]
-    stored = (place < rows)[:, None] & (within < width)[None, :]
     real = tl.load(count)
     if first >= real:
-        tl.store(at_dz, tl.zeros([ROWS, COLUMNS], dz.dtype.element_ty), mask=stored)
         return
+    place = first + tl.arange(0, ROWS)
     row_ok = place < real
     row = tl.load(order + place, mask=row_ok, other=0)
-    column = begin + within.to(tl.int64)
+    column = begin + tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     z, slope = logit_tile(
         hidden, weight, bias, temperature, row, row_ok, column, vocabulary, depth, stride_h, stride_w, scale, softcap,
         ROWS, COLUMNS, DEPTH, EVEN, BIASED, CAPPED, TEMPERED,
@@ -69,8 +61,13 @@ def logit_gradients(
         by_target = tl.load(grad_logprob + at, mask=target >= 0, other=0.0)
         result += tl.where(column[None, :] == target[:, None], by_target[:, None], 0.0)
     result = result * slope
-    result = tl.where(row_ok[:, None], result, 0.0)
-    tl.store(at_dz, result.to(dz.dtype.element_ty), mask=stored)
+    if EVEN:
+        # Counted from the chunk's first column: a difference of columns hides from the compiler that they are aligned.
+        within = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    else:  # whose masks take the registers that a second index would
+        within = column - begin
+    at = place[:, None] * stride_z + within[None, :]
+    tl.store(dz + at, result.to(dz.dtype.element_ty), mask=row_ok[:, None] & (within < width)[None, :])
 
 
 @triton.jit(do_not_specialize=["begin", "rows"])
@@ -155,7 +152,8 @@ def linear_logprob_backward(
     if rows == 0:
         return dx, dw.zero_(), db.zero_()
     pitch = min(tiles.CHUNK, -(-vocabulary // 16) * 16)  # aligned rows
-    dz = torch.empty(rows, pitch, dtype=hidden.dtype, device=hidden.device)
+    # Rows behind those with a gradient stay zeros, which the weight's and the bias' gradients add.
+    dz = torch.zeros(rows, pitch, dtype=hidden.dtype, device=hidden.device)
     several = dx.numel() > 0 and vocabulary > pitch
     total = torch.empty(rows if several else 0, depth, dtype=torch.float32, device=hidden.device)
     size = logits_tile(hidden, softcap, temperature)
@@ -179,7 +177,6 @@ def linear_logprob_backward(
             order=order,
             count=count,
             dz=dz,
-            rows=rows,
             begin=begin,
             width=width,
             vocabulary=vocabulary,
