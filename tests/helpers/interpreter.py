@@ -24,7 +24,8 @@ def poisoned() -> Iterator[None]:
         made = _empty(*size, **options)
         if made.numel() >= 1 << 24:  # address space that a test reserves, not memory
             return made
-        return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).max)
+        with torch.no_grad():  # torch.empty may be asked for a leaf that requires grad
+            return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).max)
 
     with mock.patch.object(torch, "empty", fill):
         yield
