@@ -39,6 +39,12 @@ COMMANDS = {
     "ops.attention": "--repeats 1",
 }
 
+# More than 20 seconds on two cores, at the smallest size too.
+LONG = {
+    "ops", "fuzz", "narrow", "moe", "distributed", "grpo", "live", "sizing", "speculation", "train", "http_overhead",
+    "qlora",
+}  # fmt: skip
+
 
 def run(module: str, arguments: str, folder: Path) -> str:
     """Standard output of a command, whose results go to ``folder`` and not over the committed ones."""
@@ -52,7 +58,9 @@ def run(module: str, arguments: str, folder: Path) -> str:
 
 @pytest.mark.sweep
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] if name in LONG else []) for name in COMMANDS]
+)
 def test_a_benchmark_passes_its_gate(name: str, tmp_path: Path) -> None:
     committed = {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()}
     assert run(f"benchmarks.{name}", COMMANDS[name], tmp_path)

@@ -9,7 +9,8 @@
 
 Cases that took longer than the level before allows run in ``--level`` (tests/conftest.py). One case of each test stays,
 the shortest, unless it alone takes longer than ``--alone``. What proves that training and serving agree stays whole in
-``make test``. Entries of cases that the log does not have, such as those that are listed already, are kept.
+``make test``; small sizes of benchmarks name their level themselves. Entries of cases that the log does not have, such
+as those that are listed already, are kept.
 """
 
 import argparse
@@ -33,7 +34,7 @@ class Level:
 
 LEVELS = {
     "sweep": Level(TESTS / "sweep_tests.txt", 0.3, 2.5, stays=("tests/test_parity.py::",)),
-    "soak": Level(TESTS / "soak_tests.txt", 5, 30),
+    "soak": Level(TESTS / "soak_tests.txt", 4, 20, stays=("tests/test_benchmark_commands.py::",)),
 }
 _LINE = re.compile(r"^ *([\d.]+)s call +(tests/\S+?::.+)$")
 
