@@ -79,7 +79,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
         yield launches
 
 
-def _target(arch: str) -> Any:
+def target_of(arch: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
     return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
@@ -113,7 +113,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
 
     signature, constants, attributes = specialised(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=_target(arch), options=launch.options)
+    compiled = triton.compile(source, target=target_of(arch), options=launch.options)
     assembly = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
     if arch.startswith("gfx"):
         registers = _field(assembly, r"\.vgpr_count:\s+(\d+)")
