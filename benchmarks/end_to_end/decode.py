@@ -97,9 +97,9 @@ def stub(graphs: Any) -> None:
     """Let replays compute nothing: logits are zeros, and so is what is sampled."""
     logits: dict[int, torch.Tensor] = {}
 
-    def forward(context: Any, sampling: Any = None) -> torch.Tensor:
-        rows = len(context.batch.tokens)
-        return logits.setdefault(rows, torch.zeros(rows, 512))
+    def forward(context: Any, rows: torch.Tensor, sampling: Any = None) -> torch.Tensor:
+        count = len(context.batch.tokens)
+        return logits.setdefault(count, torch.zeros(count, 512))
 
     graphs.forward = forward
 

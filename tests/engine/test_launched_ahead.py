@@ -100,7 +100,7 @@ def test_drafts_and_other_models_run_one_step_at_a_time():
     for settings, captured in (({"speculative_config": config}, True), ({}, False)):
         engine = new_engine(True, **settings)
         if not captured:
-            engine.backend.graphs.serves = lambda context: False
+            engine.backend.graphs.serves = lambda *_: False
         launches = Launches(engine)
         with engine:
             engine.generate([[5, 6]], plain())

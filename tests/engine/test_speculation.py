@@ -219,7 +219,7 @@ def test_steps_with_drafts_are_captured():
     engine.speculation.drafter = Foretelling(expected, random.Random(2))
     served, graphs = [], engine.backend.graphs
     serves = graphs.serves
-    graphs.serves = lambda context: served.append(serves(context)) or served[-1]
+    graphs.serves = lambda *batch: served.append(serves(*batch)) or served[-1]
     assert run(engine, prompts, params) == expected
     assert served.count(False) <= 2  # prompts
     assert served.count(True) >= 4

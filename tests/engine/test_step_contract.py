@@ -29,14 +29,18 @@ from toolkit.testing.models import random_model
 NATIVE = pytest.param(native_replay, marks=pytest.mark.skipif(native.load() is None, reason="no native library"))
 DEVICE = pytest.param(DeviceGraphs(FakeDevice()), id="device_graphs")
 EXECUTORS = [NATIVE, straight_line, recorded_replay, DEVICE]
+FIXED = (recorded_replay, *DEVICE.values)  # they stand for devices, which capture mixed steps too
 SMALL = {"llama": ["q_proj", "down_proj"], "mamba2": ["in_proj"]}
 SWEPT = {**SMALL, "qwen3_moe": ["v_proj"], "gemma2": ["o_proj"], "deepseek_v3": ["o_proj"], "qwen3_next": ["o_proj"]}
 
 
 class Lockstep:
-    """One model in engines that are told the same: one always eager, and one with graphs of each of ``executors``."""
+    """One model in engines that are told the same: one always eager, and one with graphs of each of ``executors``.
 
-    def __init__(self, family, executors, layers=2, **settings):
+    Those of ``mixed`` capture steps with prompts too.
+    """
+
+    def __init__(self, family, executors, layers=2, mixed=(), **settings):
         settings = {"num_blocks": 14, "block_size": 4, "max_num_seqs": 6, "max_model_len": 48, "seed": 1, **settings}
         self.model = random_model(family, layers=layers, vocabulary=97)
         self.engines = [toolkit.Engine(self.model, **settings) for _ in (None, *executors)]
@@ -46,10 +50,11 @@ class Lockstep:
         for engine, executor, kept in zip(self.engines, (None, *executors), self.logits):
             graphs = engine.backend.graphs
             graphs.executors = (self.counted(executor, at=executor),)
+            graphs.mixed = executor in mixed
             graphs.forward = self.counted(graphs.forward, self.forwards, executor)
-            engine.backend.forward = self.noted(engine.backend.forward, kept)
-        self.engines[0].backend.graphs.serves = lambda context: False
-        self.engines[0].runner.step = self.of_new_inputs(self.engines[0].runner)
+            step = engine.runner.step if executor else self.of_new_inputs(engine.runner)
+            engine.runner.step = self.noted(step, kept)
+        self.engines[0].backend.graphs.serves = lambda *_: False
 
     def counted(self, function, counter=None, at=None):
         counter = self.captures if counter is None else counter
@@ -73,11 +78,11 @@ class Lockstep:
         return renewed
 
     @staticmethod
-    def noted(forward, kept):
-        def noting(context, rows, *sampling):
-            # no copy: a replay must not overwrite what an earlier step returned
-            kept.append(forward(context, rows, *sampling))
-            return kept[-1]
+    def noted(step, kept):
+        def noting(*arguments):
+            logits, sampled = step(*arguments)
+            kept.append(logits)  # no copy: a replay must not overwrite what an earlier step returned
+            return logits, sampled
 
         return noting
 
@@ -256,7 +261,7 @@ def check_schedule(family, executors, steps, seed, layers=2, share_of_changes=0.
     chance = random.Random(seed)
     drafts = {"method": "suffix", "prompt_lookup_min": 1, "num_speculative_tokens": seed % 5 + 1, "adaptive": False}
     settings = {"swap_space": chance.choice((0, None)), "speculative_config": drafts if seed % 2 else None}
-    lockstep = Lockstep(family, executors, layers, **settings)
+    lockstep = Lockstep(family, executors, layers, FIXED, **settings)
     happened = run(lockstep, chance, steps, share_of_changes)
     stats = lockstep.each("stats")
     lockstep.close()

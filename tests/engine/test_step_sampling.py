@@ -105,7 +105,7 @@ def test_only_rows_that_need_the_host_leave_the_step(monkeypatch):
         found = engine.generate(prompts, params)
     assert rows == [3] + [1] * 5
     with toolkit.Engine(model, max_num_seqs=4) as engine:
-        engine.backend.graphs.serves = lambda context: False
+        engine.backend.graphs.serves = lambda *_: False
         assert found == engine.generate(prompts, params)
 
 

@@ -87,7 +87,7 @@ def test_a_write_during_a_decode_acts_at_the_next_step(name):
             with toolkit.Engine(model, num_blocks=64) as engine:
                 engine.submit(PROMPT, toolkit.SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))
                 if not captured:
-                    engine.backend.graphs.serves = lambda context: False
+                    engine.backend.graphs.serves = lambda *_: False
                 for _ in range(3):
                     engine.step()
                 weight_writes(model)[kind](model, random.Random(7))

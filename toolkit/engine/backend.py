@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from toolkit.engine.media import PromptMedia
 from toolkit.engine.step.cuda_device import records
-from toolkit.engine.step.decode_graphs import DecodeGraphs, padded_size
+from toolkit.engine.step.decode_graphs import DecodeGraphs, mixed_size, padded_size
 from toolkit.engine.step.sampling import StepSampling
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
@@ -40,12 +40,13 @@ class Backend(Protocol):
 
     A backend whose rotary tables depend on the length of the sequence also has ``rotary_length``, as ``PatchedModel``;
     batches then say by which length each row's are made (``RaggedBatch.rotary_lengths``). ``sampling_threads`` gives a
-    context in which the logits of the last forward are sampled. One that takes pictures has
-    ``expand``, ``encode`` and ``span_layers``. One with ``keeps_prompts`` is told what each row's prompt is
-    (``RaggedBatch.prompt_lengths``). One with ``sampled`` takes a third argument of ``forward``, a ``StepSampling`` of
-    a decode step's rows, and says by ``sampled`` whether that forward sampled them, and by ``captures_ahead`` whether
-    graphs are to be captured before the first request. One whose model is split over ranks has ``agree`` and ``least``,
-    by which they take one value of what clocks and memory say.
+    context in which the logits of the last forward are sampled. One that takes pictures has ``expand``, ``encode`` and
+    ``span_layers``. One with ``keeps_prompts`` is told what each row's prompt is (``RaggedBatch.prompt_lengths``). One
+    with ``sampled`` takes a third argument of ``forward``, a ``StepSampling`` of a decode step's rows, and says by
+    ``sampled`` whether that forward sampled them, and by ``captures_ahead`` whether graphs are to be captured before
+    the first request. One with ``mixed_size`` says how many rows a step that does not only decode is padded to, 0 for
+    none; such a step wants as many rows as it has sequences, both padded. One whose model is split over ranks has
+    ``agree`` and ``least``, by which they take one value of what clocks and memory say.
     """
 
     device: torch.device
@@ -109,7 +110,7 @@ class PatchedModel:
         self.uncounted_token = report.ragged.uncounted_token
         sources = (getattr(model, "generation_config", None), config, text)
         self.eos = frozenset().union(*(_ids(getattr(source, "eos_token_id", None)) for source in sources))
-        self.graphs = DecodeGraphs(model)
+        self.graphs = DecodeGraphs(model, mixed=records(parameter.device))
         self.clock = weight_clock(model)
         self.sampled = False
         self.group = group_of_model(model)
@@ -182,6 +183,10 @@ class PatchedModel:
     def decode_size(self, rows: int) -> int:
         return padded_size(rows)
 
+    def mixed_size(self, rows: int) -> int:
+        """The number of rows to pad a step of ``rows``, some of them of prompts, to; 0 for no padding."""
+        return mixed_size(rows) if self.graphs.mixed else 0
+
     def sampling_threads(self) -> AbstractContextManager[None]:
         """In what the logits of the last forward are sampled: on its threads."""
         return step_threads() if self.graphs.own_threads else nullcontext()
@@ -211,8 +216,10 @@ class PatchedModel:
     def forward(self, context: PagedContext, rows: Tensor, sampling: StepSampling | None = None) -> Tensor:
         with eval_mode(self.model, self._adapter_parts):
             self.graphs.own_threads = self.sampled = False
-            if self.graphs.serves(context):
-                logits = self.graphs.forward(context, sampling)
+            if self.graphs.serves(context, rows):
+                logits = self.graphs.forward(context, rows, sampling)
+                if len(context.batch.tokens) != len(context.batch.kv_lengths):
+                    return logits.clone()  # a device's next replay overwrites them
                 self.sampled = sampling is not None
                 # A native replay's memory is fresh, and to copy these rows would wake OpenMP's threads.
                 if self.graphs.own_threads and len(rows) and int(rows[-1]) == len(rows) - 1:

@@ -133,7 +133,9 @@ class Engine:
         self.encoder_cache = EncoderCache(encode, encoder_cache_size)
         split = getattr(self.backend, "group", None) is not None  # other ranks make each call's step, and no other
         ahead = not split and (self.backend.device.type == "cuda" if async_scheduling is None else async_scheduling)
-        self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len, ahead)
+        self.runner = ModelRunner(
+            self.backend, self.pool, self.scheduler.max_running, self.max_model_len, ahead, self.scheduler.budget
+        )
         self.speculation = new_speculation(self.config, self.backend, self.pool, running, self.max_model_len)
         self.adapters = new_adapters(self.backend, self.scheduler, self.config)
         if self.adapters is not None:

@@ -12,7 +12,7 @@ from toolkit.engine.backend import Backend
 from toolkit.engine.media import MediaChunk, media_fields
 from toolkit.engine.scheduler import Chunk
 from toolkit.engine.step.cuda_device import ReadBack
-from toolkit.engine.step.decode_graphs import CAPTURE_SIZES, padded_size
+from toolkit.engine.step.decode_graphs import CAPTURE_SIZES, MIXED_SIZES, padded_size
 from toolkit.engine.step.inputs import Columns, ResidentTables
 from toolkit.engine.step.sampling import Row, SamplingInputs
 from toolkit.state import PagedContext, PagedRows, RaggedBatch, Snapshots, StatePool
@@ -48,6 +48,7 @@ class ModelRunner:
         max_running: most sequences.
         max_model_len: most tokens of one.
         keeps_results: whether what a step has sampled may be read after the next one was launched.
+        budget: most tokens of a step, for what is captured ahead.
 
     Attributes:
         adapter_ids: of the adapter that each sequence of a step chooses, what ``RaggedBatch`` says of it: the names,
@@ -55,7 +56,13 @@ class ModelRunner:
     """
 
     def __init__(
-        self, backend: Backend, pool: StatePool, max_running: int, max_model_len: int, keeps_results: bool = False
+        self,
+        backend: Backend,
+        pool: StatePool,
+        max_running: int,
+        max_model_len: int,
+        keeps_results: bool = False,
+        budget: int = MIXED_SIZES[-1],
     ) -> None:
         self.adapter_ids: AdapterIds | None = None
         self.backend = backend
@@ -63,7 +70,7 @@ class ModelRunner:
         self._shared = backend.device.type == "cpu"
         in_place = _kept if keeps_results else _in_place
         self._read_back: abc.Callable[[Tensor], ReadResult] = in_place if self._shared else ReadBack()
-        self._max_running = max_running
+        self._max_running, self._budget = max_running, budget
         width = math.ceil(max_model_len / pool.block_size)
         paged = [at for at, group in enumerate(pool.groups) if not group.snapshot_interval]
         self._tables = ResidentTables(paged, padded_size(max_running), width, backend.device, self._shared)
@@ -103,21 +110,21 @@ class ModelRunner:
             The logits, and what the model sampled, where it did.
         """
         copies: list[list[tuple[int, int]]] = [[] for _ in self.pool.groups]
-        size = self._padded(chunks)
+        size, sequences = self._padded(chunks)
         ends = [-(-(chunk.start + chunk.count) // self.pool.block_size) for chunk in chunks]
         with torch.inference_mode(False):
-            self._tables.begin(max(len(chunks), size), max(ends))
+            self._tables.begin(max(len(chunks), sequences), max(ends))
         for row, chunk in enumerate(chunks):
             for of_group, found in zip(copies, self._sync(row, chunk, ends[row]), strict=True):
                 of_group += found
-        batch, rows = self.build(chunks, size)
+        batch, rows = self.build(chunks, size, sequences)
         if previous is not None:
             batch.tokens[: len(chunks)] = previous[:, 0].index_select(0, self._sources)
         batch = self._with_media(batch, chunks, features)
         self.pool.copy_blocks(copies)
         context, backend = PagedContext(batch, self.pool), self.backend
         if sampled_rows is None or not size or not hasattr(backend, "sampled"):
-            return backend.forward(context, rows), None
+            return backend.forward(context, rows)[: _wanted(chunks)], None
         with torch.inference_mode(False):
             sampling = self._sampling.of(sampled_rows, len(batch.tokens))
         sampler: Any = backend
@@ -127,33 +134,39 @@ class ModelRunner:
         return logits, SampledStep(sampling.result, self._read_back(sampling.result))
 
     def capture_ahead(self) -> None:
-        """Capture the plain decode step of every size, largest first, so that later ones fit in its memory.
+        """Capture the plain step of every size, largest first, so that later ones fit in its memory.
 
         It writes no state: each sequence's one token has no slot.
         """
-        sizes = [size for size in CAPTURE_SIZES if size <= padded_size(self._max_running)]
+        sampler: Any = self.backend
+        mixed = [size for size in MIXED_SIZES if sampler.mixed_size(min(size, self._budget)) == size]
+        decoding = [size for size in CAPTURE_SIZES if size <= padded_size(self._max_running)]
+        # As many rows as sequences are a decode step, also where some of them are a prompt's.
+        sizes = {(size, self._sequences(size)) for size in mixed} | {(size, size) for size in decoding}
         with torch.inference_mode():
-            self.backend.version()
+            sampler.version()
             for columns in self._tables.all_columns:
-                for size in reversed(sizes):
+                for size, sequences in sorted(sizes, reverse=True):
                     with torch.inference_mode(False):
-                        self._tables.begin(size, columns)
-                        sampling = self._sampling.of([], size)
-                    sampler: Any = self.backend
-                    batch, rows = self._stateless(size)
-                    sampler.forward(PagedContext(batch, self.pool), rows, sampling)
+                        self._tables.begin(sequences, columns)
+                        sampling = [self._sampling.of([], size)] if size == sequences else []
+                    batch, rows = self._stateless(size, sequences)
+                    sampler.forward(PagedContext(batch, self.pool), rows, *sampling)
 
-    def _stateless(self, size: int) -> tuple[RaggedBatch, Tensor]:
-        """``size`` sequences of one token whose state goes nowhere, and no row whose logits are wanted."""
+    def _stateless(self, size: int, sequences: int) -> tuple[RaggedBatch, Tensor]:
+        """``sequences`` of one token each and padding to ``size`` rows, none of which has a place for its state.
+
+        Second the rows whose logits are wanted: none of a decode step, one for each sequence of a mixed one.
+        """
         columns = self._columns_of(size)
-        nowhere, rows = [-1] * size, list(range(size))
+        nowhere = [-1] * size
         views: list[PagedRows | Snapshots] = []
         for at in range(len(self.pool.groups)):
             if at in self._tables.groups:
-                views.append(PagedRows(self._tables.view(at, size), columns.write(f"slots {at}", nowhere)))
+                views.append(PagedRows(self._tables.view(at, sequences), columns.write(f"slots {at}", nowhere)))
             else:
-                parts = zip(_SNAPSHOTS, (nowhere, rows, nowhere))
-                views.append(Snapshots(*(columns.write(f"{name} {at}", part) for name, part in parts)))
+                parts = zip(_SNAPSHOTS, (nowhere[:sequences], range(size), nowhere))
+                views.append(Snapshots(*(columns.write(f"{name} {at}", [*part]) for name, part in parts)))
         rotary_length: Any = getattr(self.backend, "rotary_length", lambda declared: None)
         own: dict[str, Any] = {}
         if rotary_length(1) is not None:
@@ -161,21 +174,23 @@ class ModelRunner:
         batch = RaggedBatch(
             columns.write("tokens", [0] * size),
             columns.write("positions", [0] * size),
-            columns.write("query_offsets", [*rows, size]),
-            columns.view("zeros", size),
-            columns.write("kv_lengths", [1] * size),
+            columns.write("query_offsets", [*range(sequences + 1)]),
+            columns.view("zeros", sequences),
+            columns.write("kv_lengths", [1] * sequences),
             views=tuple(views),
             **own,
         )
+        wanted = columns.write("rows", [0] * sequences)
         columns.upload()
-        return batch, columns.view("rows", 0)
+        return batch, wanted[:0] if size == sequences else wanted
 
-    def build(self, chunks: list[Chunk], size: int) -> tuple[RaggedBatch, Tensor]:
+    def build(self, chunks: list[Chunk], size: int, sequences: int) -> tuple[RaggedBatch, Tensor]:
         """The batch of the chunks, and the rows [R] whose logits are wanted. The next step's are written over both.
 
         Args:
             chunks: of the step.
             size: rows that it is padded to; 0 for none.
+            sequences: that it is padded to. Fewer than rows: of a mixed step, whose wanted rows are padded to as many.
         """
         tokens: list[int] = []
         positions: list[int] = []
@@ -205,9 +220,12 @@ class ModelRunner:
         count = len(tokens)
         # A decode step is padded with rows that have no slot and with sequences that have no keys and no queries, to
         # as many of one as of the other: one captured graph serves any division of its rows into sequences.
-        padding, empty = size - count if size else 0, size - len(chunks) if size else 0
+        # A mixed step has fewer sequences than rows, and as many wanted rows as sequences.
+        padding, empty = (size - count, sequences - len(chunks)) if size else (0, 0)
+        if sequences < size:
+            rows += [0] * (sequences - len(rows))
         of_groups = [
-            _snapshots(chunks, at, padding, empty) if group.snapshot_interval else _slots(chunks, at, padding)
+            _snapshots(chunks, at, size, empty) if group.snapshot_interval else _slots(chunks, at, padding)
             for at, group in enumerate(self.pool.groups)
         ]
         columns = self._columns_of(max(size, count, *(len(part) for found in of_groups for part in found), len(rows)))
@@ -250,15 +268,24 @@ class ModelRunner:
         self._tables.upload()
         return batch, wanted
 
-    def _padded(self, chunks: list[Chunk]) -> int:
-        """The rows that a decode step is padded to; 0 for other steps."""
-        if not all(chunk.decodes for chunk in chunks):
-            return 0
-        return self.backend.decode_size(sum(chunk.count for chunk in chunks))
+    def _padded(self, chunks: list[Chunk]) -> tuple[int, int]:
+        """The rows and the sequences that a step is padded to; both are 0 where it is not."""
+        count = sum(chunk.count for chunk in chunks)
+        if all(chunk.decodes for chunk in chunks):
+            size = self.backend.decode_size(count)
+            return size, size
+        of_mixed: abc.Callable[[int], int] = getattr(self.backend, "mixed_size", lambda count: 0)
+        size = of_mixed(count)
+        sequences = self._sequences(size)
+        return (size, sequences) if size and _wanted(chunks) <= sequences else (0, 0)
+
+    def _sequences(self, size: int) -> int:
+        """The sequences that a mixed step of ``size`` rows is padded to."""
+        return min(size, padded_size(self._max_running))
 
     def _columns_of(self, rows: int) -> Columns:
-        """The columns of a step of so many rows: decode steps of one padded size have theirs."""
-        size = rows if padded_size(rows) == rows else 1 << (rows - 1).bit_length()
+        """The columns of a step of so many rows: captured steps of one padded size have theirs."""
+        size = rows if rows in CAPTURE_SIZES else 1 << (rows - 1).bit_length()
         found = self._columns.get(size)
         if found is None:
             with torch.inference_mode(False):
@@ -323,8 +350,16 @@ def _slots(chunks: list[Chunk], group: int, padding: int) -> list[list[int]]:
     return [[slot for chunk in chunks for slot in chunk.slots[group]] + [-1] * padding]
 
 
-def _snapshots(chunks: list[Chunk], group: int, padding: int, empty: int) -> list[list[int]]:
-    """The block that each chunk loads, rows after which the state is stored, and the blocks that it is stored to."""
+def _wanted(chunks: list[Chunk]) -> int:
+    """Rows of logits that the chunks want."""
+    return sum(len(chunk.scored) + (1 + chunk.drafts if chunk.samples else 0) for chunk in chunks)
+
+
+def _snapshots(chunks: list[Chunk], group: int, size: int, empty: int) -> list[list[int]]:
+    """The block that each chunk loads, rows after which the state is stored, and the blocks that it is stored to.
+
+    Padded to ``size`` stores: no row has more than one.
+    """
     loads, rows, stores, row = [], [], [], 0
     for chunk in chunks:
         assert chunk.sequence.block_tables is not None
@@ -334,4 +369,5 @@ def _snapshots(chunks: list[Chunk], group: int, padding: int, empty: int) -> lis
             rows.append(row + offset)
             stores.append(block)
         row += chunk.count
+    padding = max(0, size - len(stores))
     return [loads + [-1] * empty, rows + [row - 1] * padding, stores + [-1] * padding]
