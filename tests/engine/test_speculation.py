@@ -272,7 +272,7 @@ def test_what_is_drafted_fits_in_the_budget_of_a_step():
     engine = engine_of(model, max_num_batched_tokens=6, speculative_config={"adaptive": False})
     engine.speculation.drafter = Foretelling(expected, random.Random(2), right=1.0)
     sizes, build = [], engine.runner.build
-    engine.runner.build = lambda chunks, size: sizes.append(sum(one.count for one in chunks)) or build(chunks, size)
+    engine.runner.build = lambda chunks, *size: sizes.append(sum(one.count for one in chunks)) or build(chunks, *size)
     assert run(engine, prompts, params) == expected
     assert max(sizes) == 6
     assert engine.speculation.num_accepted_tokens > 10

@@ -14,7 +14,7 @@ from toolkit.engine.runner import ModelRunner
 from toolkit.engine.scheduler import Chunk
 from toolkit.engine.speculation.draft_model import DraftModel, DraftRequest, Followed
 from toolkit.engine.speculation.drafter import Draft
-from toolkit.engine.step.decode_graphs import CAPTURE_SIZES
+from toolkit.engine.step.decode_graphs import CAPTURE_SIZES, MIXED_SIZES
 from toolkit.errors import ToolkitError
 from toolkit.patching.mtp import mtp_model, share_vocabulary
 from toolkit.state import BlockTables, RaggedBatch, StatePool
@@ -88,8 +88,8 @@ class _Runner(ModelRunner):
         self._pools = target, pool
         self._read: dict[int, Tensor] = {}  # what decode steps of a size read, which stays where it is
 
-    def build(self, chunks: list[Chunk], size: int) -> tuple[RaggedBatch, Tensor]:
-        batch, rows = super().build(chunks, size)
+    def build(self, chunks: list[Chunk], size: int, sequences: int) -> tuple[RaggedBatch, Tensor]:
+        batch, rows = super().build(chunks, size, sequences)
         rows_of: tuple[list[int], list[int]] = [], []  # rows that read each pool
         slots: tuple[list[int], list[int]] = [], []
         row = 0
@@ -115,7 +115,7 @@ class _Runner(ModelRunner):
             (kept,) = self._pools[1].find(0, "record_hidden")[0].rows
             with torch.inference_mode(False):
                 found = torch.zeros(rows, kept.shape[-1], dtype=kept.dtype, device=kept.device)
-            if rows in CAPTURE_SIZES:
+            if rows in CAPTURE_SIZES or rows in MIXED_SIZES:
                 self._read[rows] = found
         return found
 
