@@ -1,4 +1,4 @@
-"""Captured mixed steps: rows of prompts and decoding rows in one graph, on a fake device that replays fixed addresses."""
+"""Captured mixed steps: rows of prompts beside decoding rows in one graph, on a fake device of fixed addresses."""
 
 import pytest
 

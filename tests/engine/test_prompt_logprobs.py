@@ -146,8 +146,8 @@ def test_a_long_prompt_asks_for_few_rows_in_a_step(monkeypatch):
     with Engine(HistoryModel(), num_blocks=60, enable_prefix_caching=False) as engine:
         sizes, build = [], engine.runner.build
 
-        def measured(chunks, size):
-            found = build(chunks, size)
+        def measured(chunks, *size):
+            found = build(chunks, *size)
             sizes.append(len(found[1]))
             return found
 
