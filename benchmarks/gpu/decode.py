@@ -1,8 +1,9 @@
 """Decode steps of a random Qwen3-4B on a GPU: both numerics modes, eager and as a CUDA graph, against transformers.
 
-A step reads every weight but the embedding once; ``of_streaming`` is the time of that at the copy rate over the step's.
-A profiler counts launches and the host's time. The log-probabilities that the engine returns are compared with those
-of ``token_logprobs``: in bitwise mode none may differ.
+Beside them the step of one prompt, which is captured as they are. A step reads every weight but the embedding once;
+``of_streaming`` is the time of that at the copy rate over the step's. A profiler counts launches and the host's time.
+The log-probabilities that the engine returns are compared with those of ``token_logprobs``: in bitwise mode none may
+differ.
 """
 
 import os
@@ -100,11 +101,26 @@ def time_steps(model: Any, batch: int, section: Section) -> dict[str, Any]:
             engine.step()  # returns tokens, so the device is done
             seconds.append(time.perf_counter() - begun)
         entry = profile(engine.step)
+        entry["prompt_s"] = time_prompt(engine)
     entry["step_s"] = statistics.median(seconds)
     entry["tokens_per_s"] = batch / entry["step_s"]
     entry["bytes_per_s"] = section.result["streamed_bytes"] / entry["step_s"]
     entry["of_streaming"] = entry["bytes_per_s"] / section.ceilings["copy_bytes_per_s"]
     return entry
+
+
+def time_prompt(engine: toolkit.Engine) -> float:
+    """Seconds of the step that one prompt is, with nothing beside it."""
+    for request in list(engine.requests.by_id):
+        engine.cancel(request)
+    params, seconds = toolkit.SamplingParams(max_tokens=1, temperature=0.0), []
+    for prompt in make_prompts(1 if DRY else 6, PROMPT, WHOLE["vocab_size"], seed=3):
+        engine.submit(prompt, params)
+        begun = time.perf_counter()
+        while engine.has_work:  # what was in flight is collected first
+            engine.step()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[len(seconds) // 3 :])
 
 
 def profile(step: Callable[[], Any]) -> dict[str, Any]:
@@ -161,12 +177,12 @@ def time_peer(peer: Callable[..., Any], batch: int) -> dict[str, float]:
 def show(result: dict[str, Any], ceilings: dict[str, float]) -> None:
     rows = [
         [label, s["step_s"] * 1e3, s["tokens_per_s"], f"{s['of_streaming']:.0%}", s["kernels"], s["launches"],
-         s["kernel_us"] / 1e3]
+         s["kernel_us"] / 1e3, s["prompt_s"] * 1e3]
         for label, s in result["steps"].items()
     ]  # fmt: skip
-    rows += [[label, s["step_s"] * 1e3, s["tokens_per_s"], "", "", "", ""] for label, s in result["peers"].items()]
+    rows += [[label, s["step_s"] * 1e3, s["tokens_per_s"], *[""] * 5] for label, s in result["peers"].items()]
     title = f"Decode step, Qwen3 of {result['streamed_bytes'] / 1e9:.2f} GB read a step, prompts of {PROMPT}"
-    header = ["side", "step ms", "tok/s", "of weight streaming", "kernels", "launches", "kernels' ms"]
+    header = ["side", "step ms", "tok/s", "of weight streaming", "kernels", "launches", "kernels' ms", "a prompt, ms"]
     print_table(title, header, rows)
     for label, found in result["differing"].items():
         print(
