@@ -1,7 +1,7 @@
 """What a survey of tiles on a device writes, and who reads it."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 from toolkit.ops.linear import tiles
 from toolkit.ops.tiles import DECODE_ROWS
 from tools import tile_sweep
+from tools.compile_kernels.compiler import SHARED_LIMIT
 
 BASE = tiles.TABLE.find("sm_90", torch.bfloat16, 4096)
 FAST, FASTER, SLOW = tiles.DECODE_CANDIDATES["sm_90"][2][:3]
@@ -66,3 +67,18 @@ def test_a_dry_run_measures_nothing(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tile_sweep.main()
     assert "no survey of tiles on a device" in capsys.readouterr().err
+
+
+def test_every_table_says_where_it_was_measured(monkeypatch, capsys):
+    known = tile_sweep.tables()
+    assert {"attention.FORWARD", "grouped_linear.PRODUCT", "linear.TABLE", "linear_logprob.LOGITS"} <= known.keys()
+    assert all(table.measured.keys() <= table.entries.keys() - {"interpreter"} for table in known.values())
+    here = "NVIDIA H200, Triton 3.6.0, 2026-11-30"
+    monkeypatch.setattr(tiles, "TABLE", replace(tiles.TABLE, measured={"sm_90": here}))
+    found = {(name, arch): where for name, arch, where in tile_sweep.measured_on()}
+    assert found.pop(("linear.TABLE", "sm_90")) == here
+    assert set(found) == {(name, arch) for name in known for arch in SHARED_LIMIT} - {("linear.TABLE", "sm_90")}
+    assert set(found.values()) == {"none"}
+    monkeypatch.setattr("sys.argv", ["tile_sweep", "--tables"])
+    tile_sweep.main()
+    assert "measured on" in capsys.readouterr().out

@@ -4,23 +4,27 @@ Every candidate is tried on this machine's device against the tile that it may s
 whole and an uneven number of steps and beside other rows, then the time at few rows. The fastest that keeps every bit
 goes to ``toolkit/ops/linear/measured_tiles.json`` with the device, the version of Triton, the time and the speedup;
 entries of other devices and versions stay. ``--from gpu.json`` takes the survey from a run of ``python -m
-benchmarks.gpu`` instead, which may have been on another machine.
+benchmarks.gpu`` instead, which may have been on another machine. ``--tables`` measures nothing: it prints for every
+table of tiles and architecture where its tiles were measured.
 """
 
 import argparse
 import json
+import pkgutil
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import describe, write_aside
+from benchmarks.common import describe, print_table, write_aside
 from benchmarks.gpu import tile_invariance
 from benchmarks.gpu.section import Section
+from toolkit import ops
 from toolkit.ops.linear import tiles
-from toolkit.ops.tiles import GemmTile
+from toolkit.ops.tiles import GemmTile, TileTable
 from toolkit.ops.triton_devices import device_name
 
 SECONDS = 300.0
@@ -71,10 +75,34 @@ def survey_of_run(path: Path) -> tuple[dict[str, Any], str, str, str]:
     return survey, found["machine"]["gpu"], found["versions"]["triton"], found["time"]
 
 
+def tables() -> dict[str, TileTable[Any]]:
+    """Every table of tiles: ``op.NAME`` -> the table."""
+    found: dict[str, TileTable[Any]] = {}
+    for entry in pkgutil.iter_modules(ops.__path__):
+        if (Path(ops.__path__[0]) / entry.name / "tiles.py").exists():
+            module = vars(import_module(f"toolkit.ops.{entry.name}.tiles"))
+            found |= {f"{entry.name}.{name}": value for name, value in module.items() if isinstance(value, TileTable)}
+    return found
+
+
+def measured_on() -> list[tuple[str, str, str]]:
+    """(table, architecture, where its tiles were measured, or none) of all that a device may take."""
+    return [
+        (name, arch, table.measured.get(arch, "none"))
+        for name, table in tables().items()
+        for arch in table.entries
+        if arch != "interpreter"
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--from", type=Path, dest="run", help="gpu.json of a run of benchmarks.gpu")
+    parser.add_argument("--tables", action="store_true", help="print where the tiles of every table were measured")
     arguments = parser.parse_args()
+    if arguments.tables:
+        print_table("Tiles of the Triton kernels", ["table", "architecture", "measured on"], measured_on())
+        return
     survey, device, triton, time = survey_of_run(arguments.run) if arguments.run else survey_of_this_device()
     new = measured_entries(survey, device, triton, time)
     for entry in new:

@@ -69,13 +69,23 @@ def test_what_is_over_its_budget_is_named():
 
 def test_a_smaller_share_of_matrix_instructions_is_named():
     case, made = rows()[0]
-    better, worse = (compiler.Compiled(**{**vars(made), "loop": loop}) for loop in ([543, 12], [768, 12]))
+    better, worse = (compiler.Compiled(**{**vars(made), "loop": loop}) for loop in ([543, 12], [512, 8]))
     limits = budgets.budgets_of([(case, better)])
     assert limits[made.kernel][made.arch][budgets.DOT_SHARE] == 2.2
     assert budgets.over([(case, better)], limits) == []
     (sentence,) = budgets.over([(case, worse)], limits)
     assert sentence == f"{made.kernel}, {made.arch}, case {case}: dot_share 1.56 %, at least 2.2 %"
     assert budgets.budgets_of([(case, worse), (case, better)]) == budgets.budgets_of([(case, better), (case, worse)])
+
+
+def test_more_instructions_in_the_inner_loop_are_named():
+    case, made = rows()[0]
+    few, more, none = (compiler.Compiled(**{**vars(made), "loop": loop}) for loop in ([400, 8], [600, 12], []))
+    limits = budgets.budgets_of([(case, few), (case, none)])
+    assert limits[made.kernel][made.arch][budgets.INSTRUCTIONS] == 400
+    assert budgets.over([(case, few), (case, none)], limits) == []
+    (sentence,) = budgets.over([(case, more)], limits)
+    assert sentence == f"{made.kernel}, {made.arch}, case {case}: instructions 600, budget 400"
 
 
 NVIDIA_LISTING = """

@@ -367,3 +367,19 @@ def test_logits_that_were_changed_or_read_go_the_other_way(calls):
     for logits in (scaled, capped, late, late.compute()):
         assert torch.equal(summed_cross_entropy(logits, targets), -token_logprobs(logits, targets)[0].sum())
     assert calls == []
+
+
+@pytest.mark.parametrize(("device", "native", "three"), [("cuda", False, 1), ("xpu", True, 0), ("cpu", False, 0)])
+def test_three_gemms_where_a_device_has_the_kernel(device, native, three, calls, monkeypatch):
+    """Logits that say that they are on a device, which need not be there."""
+
+    class There(DeferredLogits):
+        device = property(lambda self: torch.device(device))
+
+    monkeypatch.setattr(deferred, "has_native", lambda op: native)
+    tensors, targets, _ = problem(7, 8, 30, torch.float32)
+    loss = summed_cross_entropy(There(*tensors), targets)
+    assert calls == [1] * three
+    torch.testing.assert_close(loss.double(), oracle([x.double() for x in tensors], targets))
+    summed_cross_entropy(There(*tensors) * 0.5, targets)  # scaled logits have no such op
+    assert calls == [1] * three

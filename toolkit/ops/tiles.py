@@ -54,12 +54,15 @@ class TileTable(Generic[T]):
     op, size_name: the op and what its choices go by, for error sentences.
     entries: architecture -> bytes per element -> choices by N (or by the head dimension).
     unaligned: architecture -> bytes per element -> the tile for matrices whose rows are not aligned.
+    measured: architecture -> the device, the version of Triton and the day of the measurement that chose its tiles.
+        Those of an architecture that is not in it were measured nowhere: they are what compiles without spills.
     """
 
     op: str
     entries: Mapping[str, Mapping[int, Choices[T]]]
     unaligned: Mapping[str, Mapping[int, T]] = field(default_factory=dict)
     size_name: str = "N"
+    measured: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, arch: str, dtype: torch.dtype, size: int = 0, *, row_widths: tuple[int, ...] = ()) -> T:
         """The tile for an architecture and a dtype.
