@@ -185,8 +185,20 @@ ON_TASK = "task: {name: countdown}"
             "Unknown field 'objective.warmup.max_step'; did you mean 'objective.warmup.max_steps'?",
         ),
         (
-            f"objective={{kind: grpo, {ON_TASK}, rollout: {{temperature: 0.7}}}}",
-            "objective.rollout.temperature must be 1.0 with objective.kind 'grpo'",
+            f"objective={{kind: grpo, {ON_TASK}, rollout: {{temperature: 0.7, structured_outputs: {{regex: a}}}}}}",
+            "objective.rollout.temperature must be 1.0 with objective.rollout.structured_outputs, got 0.7",
+        ),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, sync_ref_model: true}}",
+            "objective.beta must be > 0 with objective.sync_ref_model, got 0",
+        ),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, entropy_coef_min: 2}}",
+            "objective.entropy_coef_min must be <= objective.entropy_coef_max, which is 1.0, got 2.0",
+        ),
+        (
+            "objective={kind: dpo, data_files: a, use_weighting: true, loss_type: aot}",
+            "objective.use_weighting must be false with objective.loss_type 'aot', got true",
         ),
         (
             f"objective={{kind: grpo, {ON_TASK}, rollout: {{max_completion_length: 512}}}}",

@@ -93,7 +93,11 @@ def test_grpo_of_trl():
     assert (objective["scale_rewards"], objective["loss_type"], objective["epsilon_high"]) == ("none", "dapo", 0.28)
     assert objective["rollout"]["max_completion_length"] == 64
     assert recipe["train"]["max_length"] == 576
-    assert "temperature" in lost(found)
+    assert objective["rollout"]["temperature"] == 0.7
+    assert not objective["use_bias_correction_kl"]
+    diverged = made({**TRL, "reward_funcs": ["a.b"], "beta": 0.1})[0]["objective"]
+    assert diverged["use_bias_correction_kl"] is True
+    assert "temperature" not in lost(found)
     assert not {"use_vllm", "vllm_mode"} & lost(found)
 
 
@@ -196,9 +200,12 @@ def test_processes_of_trl_and_axolotl(tmp_path):
 def test_processes_that_a_recipe_does_not_go_with():
     qlora = {"adapter": "qlora", "load_in_4bit": True, "fsdp_version": 2, "fsdp_config": {"offload_params": True}}
     recipe, found = made({**AXOLOTL, **qlora, "max_steps": 1})
-    assert recipe["train"]["distributed"]["strategy"] == "ddp"
-    (text,) = [note.text for note in found.notes if note.lost and note.key == "fsdp_config"]
-    assert "model.quantise must be null with train.distributed 'fsdp2'" in text
+    sharing = recipe["train"]["distributed"]
+    assert (sharing["strategy"], sharing["cpu_offload"]) == ("fsdp2", True)
+    assert not lost(found)
+    split = {"adapter": "qlora", "load_in_4bit": True, "tensor_parallel_size": 2, "max_steps": 1}
+    (text,) = [note.text for note in made({**AXOLOTL, **split})[1].notes if note.lost]
+    assert "model.quantise must be null with train.distributed 'tp'" in text
 
 
 def test_tensor_parallel_of_axolotl():
@@ -280,21 +287,25 @@ def test_losses_and_rollouts_of_trl():
     assert (objective["loss_type"], objective["loss_weights"]) == (["sigmoid", "bco_pair"], [0.8, 0.2])
     assert (objective["sft_weight"], objective["ld_alpha"]) == (1.0, 0.5)
     assert not lost(found)
-    recipe, found = made({**TRL, "beta": 0.1, "f_divergence_type": "js_divergence", "sync_ref_model": True})
+    synced = {"sync_ref_model": True, "ref_model_sync_steps": 64, "use_weighting": True}
+    recipe, found = made({**TRL, "beta": 0.1, "f_divergence_type": "js_divergence", **synced})
     assert recipe["objective"]["f_divergence_type"] == "js_divergence"
-    assert lost(found) == {"sync_ref_model"}
+    assert recipe["objective"].items() >= synced.items()
+    assert not lost(found)
+    assert lost(made({**TRL, "beta": 0.1, "use_peft": True, "sync_ref_model": True})[1]) == {"sync_ref_model"}
     assert lost(made({**TRL, "beta": 0.1, "loss_type": ["sft"]})[1]) == {"loss_type"}
     assert lost(made({**TRL, "beta": 0.1, "loss_type": "no_such"})[1]) == {"loss_type"}
     recipe, found = made(
         {
             **TRL, "reward_funcs": "a.b", "rollout_func": "mine.generate", "loss_type": "sapo",
-            "sapo_temperature_neg": 1.2, "off_policy_mask_threshold": 0.4, "entropy_coef": 0.01,
+            "sapo_temperature_neg": 1.2, "off_policy_mask_threshold": 0.4, "entropy_coef": 0.01, "top_p": 0.9,
         }
     )  # fmt: skip
     objective = recipe["objective"]
     assert (objective["rollout_func"], objective["loss_type"]) == ("mine:generate", "sapo")
     assert (objective["sapo_temperature_neg"], objective["off_policy_mask_threshold"]) == (1.2, 0.4)
-    assert lost(found) == {"entropy_coef"}
+    assert objective["entropy_coef"] == 0.01
+    assert lost(found) == {"top_p"}
     assert made({**TRL, "cpo_alpha": 0.5, "alpha": 0.1})[0]["objective"]["alpha"] == 0.1
 
 

@@ -48,8 +48,25 @@ def _run(phase: str, name: str, folder: Path) -> None:
     (folder / f"{name}-{phase}.json").write_text(json.dumps(found))
 
 
+VARIANTS = {
+    "entropy": ["objective.entropy_coef=0.05", "objective.top_entropy_quantile=0.4"],
+    "adaptive": [
+        "objective.use_adaptive_entropy=true", "objective.entropy_coef=0.02", "objective.entropy_target=3.0",
+        "objective.entropy_coef_delta=0.01",
+    ],
+    "temperature": ["objective.rollout.temperature=0.7", "objective.beta=0.1"],
+    "synced": [
+        "objective.beta=0.1", "objective.sync_ref_model=true", "objective.ref_model_sync_steps=2",
+        "objective.ref_model_mixup_alpha=0.6",
+    ],
+}  # fmt: skip
+"""Of grpo, beside its recipe: ``grpo+entropy`` is one."""
+
+
 def recipe_of(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    return load_recipe(str(RECIPES / f"{name}.yaml"), overrides)
+    base, _, variant = name.partition("+")
+    short = ["train.max_steps=4", "train.batch_tokens=16384"] if variant else []
+    return load_recipe(str(RECIPES / f"{base}.yaml"), [*VARIANTS.get(variant, ()), *short, *overrides])
 
 
 def _whole(name: str) -> dict[str, Any]:

@@ -24,10 +24,13 @@ OWN_FILE = {
 }  # fmt: skip
 """Of a user of DeepSpeed, as transformers' ``Trainer`` takes it."""
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp")
-CASES = ("dense", "moe", "bf16", "fp16", "offload", "sft", "dpo", "kto", "reward", "grpo", "lora")
-RESUMED = ("dense", "moe", "bf16", "fp16", "offload", "grpo", "lora")
+CASES = ("dense", "moe", "bf16", "fp16", "offload", "sft", "dpo", "kto", "reward", "grpo", "lora", "qlora")
+RESUMED = ("dense", "moe", "bf16", "fp16", "offload", "grpo", "lora", "qlora")
 """Cases that are resumed from the middle."""
-REFUSED = {"tp": ("offload",), **dict.fromkeys(("ddp", "fsdp2", "zero1", "zero2", "zero3"), ("fp16",))}
+REFUSED = {
+    "tp": ("offload", "qlora"), **dict.fromkeys(("ddp", "fsdp2"), ("fp16",)),
+    **dict.fromkeys(("zero1", "zero2", "zero3"), ("fp16", "qlora")),
+}  # fmt: skip
 """Cases that a strategy does not take. Two processes of ddp divide the loss by half as many micro-batches as one, so
 that scaled gradients of fp16 are twice as large: other steps may overflow and be skipped."""
 
@@ -64,14 +67,18 @@ def case(name: str, folder: Path, strategy: str, processes: int) -> Recipe:
         own["evaluate"] = {"do_eval": True, "eval_steps": 2, "load_best_model_at_end": True}
         objective: dict[str, Any] = {"task": TASK}
     elif name == "grpo":
-        objective = {"task": LOWER, "prompts": 4, "num_generations": 4, "num_iterations": 2}
+        objective = {"task": LOWER, "prompts": 4, "num_generations": 4, "num_iterations": 2, "entropy_coef": 0.05}
         own["evaluate"] = {"do_eval": True}
-    elif name == "lora":
-        name, train["ema_decay"] = "dpo", None if strategy == "zero3" else 0.5
+    elif name in ("lora", "qlora"):
         own["model"] = {"config": None, "name_or_path": str(base_of(folder)), "lora": {"r": 2}}
+        if name == "qlora":
+            own["model"]["quantise"] = "int8"
+        name, train["ema_decay"] = "dpo", None if strategy == "zero3" else 0.5
         own["tokenizer"] = {"name_or_path": str(base_of(folder))}
         objective = {"pairs": 8}
     else:
         objective = {"lines" if name == "kto" else "pairs": 8}
+        if name == "dpo":
+            objective |= {"sync_ref_model": True, "ref_model_sync_steps": 2}
         own["evaluate"] = {"do_eval": True}
     return objective_recipe(folder, name, objective, train=train, **own)

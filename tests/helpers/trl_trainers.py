@@ -230,7 +230,16 @@ def _grpo(recipe: Any, objective: Any, given: Any, tokenizer: Any) -> Any:
         loss_type=objective.loss_type,
         scale_rewards=objective.scale_rewards,
         epsilon_high=objective.epsilon_high,
-    )
+        temperature=objective.rollout.temperature,
+        **{
+            name: getattr(objective, name)
+            for name in (
+                "use_bias_correction_kl", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy",
+                "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target", "sync_ref_model",
+                "ref_model_mixup_alpha", "ref_model_sync_steps",
+            )
+        },
+    )  # fmt: skip
     return GRPOTrainer(
         model=_causal(),
         args=arguments,

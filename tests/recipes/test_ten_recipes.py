@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.recipe_data import write_base, write_data
-from tests.helpers.recipe_runs import RECIPES, in_process
+from tests.helpers.recipe_runs import RECIPES, VARIANTS, in_process
 from toolkit.loading.run import latest
 
 # The held-out metric of each recipe, and whether more is better.
@@ -80,6 +80,18 @@ def test_a_recipe_as_users_write_it(name: str, data: Path, tmp_path: Path) -> No
     of_trl = run("trl")
     assert len(of_trl) == len(whole["losses"])
     assert of_trl == pytest.approx(whole["losses"], abs=1e-4, rel=0)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_grpo_by_trl_s_names(variant: str, data: Path, tmp_path: Path) -> None:
+    for file in data.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    name = f"grpo+{variant}"
+    assert in_process("whole", name, tmp_path) == in_process("trl", name, tmp_path) == 0
+    ours, theirs = (json.loads((tmp_path / f"{name}-{phase}.json").read_text()) for phase in ("whole", "trl"))
+    assert len(theirs) == len(ours["losses"]) == 4
+    assert theirs == pytest.approx(ours["losses"], abs=1e-4, rel=0)
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:

@@ -279,5 +279,5 @@ def test_accelerates_own_precision_is_refused(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.sweep
 def test_two_processes_end_with_the_same_weights(tmp_path: Path) -> None:
-    for precision in ("bf16", "fp16", "stochastic"):
+    for precision in ("bf16", "fp16", "stochastic", "rounded"):
         run_processes("training/two_precisions.py", tmp_path / precision, precision, says="same weights")

@@ -27,6 +27,8 @@ DPO: list[dict[str, Any]] = [
     {"loss_type": "sigmoid_norm", "f_divergence_type": "forward_kl"},
     {"loss_type": "hinge", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.9},
     {"loss_type": "discopop", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.8},
+    {"loss_type": ["sigmoid", "ipo"], "use_weighting": True},
+    {"loss_type": "sigmoid", "sync_ref_model": True, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 1},
 ]
 CPO: list[dict[str, Any]] = [
     {"loss_type": "sigmoid"},

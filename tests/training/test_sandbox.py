@@ -10,7 +10,7 @@ import pytest
 
 from toolkit.errors import ToolkitError
 from toolkit.training.reward_functions import RewardFunctions
-from toolkit.training.sandbox import Limits, code_block, run_code, run_many
+from toolkit.training.sandbox import Limits, code, code_block, run_code, run_many, running
 from toolkit.training.sandbox.running import _signal_name
 
 
@@ -204,3 +204,22 @@ def test_signals_without_a_name() -> None:
 
 def test_standard_input() -> None:
     assert run_code("print(int(input()) + int(input()))", stdin="2\n3\n", limits=LIMITS).output == "5\n"
+
+
+def test_waiting_for_a_busy_cpu_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(wall_seconds=0.5)
+    monkeypatch.setattr(running, "_waited", lambda pid: 100.0)
+    assert run_code("import time\ntime.sleep(0.5)", limits=limits).status == "passed"
+    monkeypatch.setattr(running, "_waited", lambda pid: 0.0)
+    assert run_code("import time\ntime.sleep(0.5)", limits=limits).status == "timeout"
+    monkeypatch.undo()
+    assert 0.0 <= running._waited(os.getpid()) < 3600.0
+    assert running._waited(2**22 + 1) == 0.0
+
+
+def test_of_a_conversation_the_models_last_turn_is_run() -> None:
+    block = "```python\n{}\n```\n"
+    said = block.format("x = 1") + "such as\n" + block.format("x = 2") + block.format("x = 3")
+    responses = [block.format("x = 1"), block.format("x = 3")]
+    assert code([said + block.format("x = 4")], ["assert x == 3"], states=[{"responses": responses}]) == [1.0]
+    assert code([said], ["assert x == 3"], states=[{"responses": []}]) == [0.0]

@@ -47,7 +47,7 @@ def compare(folder: Path, strategy: str, *names: str) -> None:
         for key in measured:
             assert found[key] == pytest.approx(expected[name][key], rel=1e-5, abs=2e-5), (name, key)
         assert found.get("best_step") == expected[name].get("best_step")
-        assert name in ("moe", "bf16", "fp16", "offload", "lora") or measured
+        assert name in ("moe", "bf16", "fp16", "offload", "lora", "qlora") or measured
 
 
 @pytest.mark.sweep
@@ -81,6 +81,7 @@ def test_every_objective_trains_as_in_one_process(tmp_path: Path, strategy: str)
         ("zero2", {"train": {"expert_parallel": {}}}, "train.expert_parallel must be null with"),
         ("zero3", {"train": {"ema_decay": 0.9}}, "train.ema_decay must be null with"),
         ("fsdp2", {"model": {"quantise": "nf4"}}, "model.quantise must be null with train.distributed 'fsdp2'"),
+        ("zero3", {"model": {**DORA, "quantise": "nf4"}}, "model.quantise must be null with train.distributed 'zero3'"),
         ("zero1", {"model": {"dtype": "float64"}}, "model.dtype must be 'float32' with train.distributed 'zero1'"),
         ({"strategy": "ddp", "cpu_offload": True}, {}, "train.distributed.cpu_offload must be false with"),
         ({"strategy": "fsdp2", "deepspeed": "a.json"}, {}, "it is for zero1, zero2 and zero3"),

@@ -78,7 +78,6 @@ def check_distributed(recipe: "Recipe") -> None:
         ("optimizer.optim", (optim := recipe.optimizer.optim), ("adamw_torch_fused", "sgd"), _OF_WHOLE.get(optim, "")),
         ("train.expert_parallel", train.expert_parallel, (None,), "experts are sharded as all other weights are"),
         ("train.mixed_precision", train.mixed_precision, precisions, "its loss scale is not kept by it"),
-        ("model.quantise", recipe.model.quantise, (None,), "codes and their scales are not cut into shards"),
         (
             "model.dtype",
             recipe.model.dtype,
@@ -86,6 +85,10 @@ def check_distributed(recipe: "Recipe") -> None:
             "the shards that are updated have more bits than the weights that are computed with",
         ),
     ]
+    if strategy != "fsdp2" or recipe.model.lora is None:  # there a frozen base is whole in every process
+        why = "DeepSpeed writes" if distributed.by_deepspeed else "shards would have"
+        why += " parts of weights, which codes of few bits do not take"
+        allowed.append(("model.quantise", recipe.model.quantise, (None,), why))
     if strategy == "tp":
         for name, value in (("use_dora", False), ("target_parameters", None), ("trainable_token_indices", None),
                             ("modules_to_save", None)):  # fmt: skip

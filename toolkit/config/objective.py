@@ -39,6 +39,23 @@ class ObjectiveSection(Section):
         """Raise ValueError where other sections of the recipe do not fit."""
 
 
+class SyncedReferenceSection(ObjectiveSection):
+    """A reference that may follow the model in training (TR-DPO; Gorbatovski et al., 2024); fields as in TRL."""
+
+    sync_ref_model: bool = False
+    """Move the reference towards the model: ``reference = a model + (1 - a) reference``, a ``ref_model_mixup_alpha``.
+    Checkpoints then hold the reference, too."""
+    ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+    ref_model_sync_steps: Count = 512
+    """After every so many steps."""
+
+    def check(self, recipe: "Recipe") -> None:
+        super().check(recipe)
+        for name, given in (("model.lora", recipe.model.lora), ("model.quantise", recipe.model.quantise)):
+            if self.sync_ref_model and given is not None:
+                raise ValueError(f"objective.sync_ref_model must be false with {name}, got true")
+
+
 OBJECTIVES: Registry[ObjectiveSection] = Registry("toolkit.training.objectives")
 
 

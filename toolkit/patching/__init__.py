@@ -4,7 +4,13 @@ from toolkit.modules.index_observer import IndexLosses, index_losses
 from toolkit.modules.moe_experts import expert_layers
 from toolkit.patching.apply import find_claims, patch, unpatch
 from toolkit.patching.forward import ragged_forward
-from toolkit.patching.logprobs import choose_rotary_lengths, target_logprobs, token_logprobs
+from toolkit.patching.logprobs import (
+    ReadLogits,
+    choose_rotary_lengths,
+    sequence_readings,
+    target_logprobs,
+    token_logprobs,
+)
 from toolkit.patching.record import report_of
 from toolkit.patching.report import PatchReport
 from toolkit.patching.roles.pooled_attention import indexers_of
@@ -14,6 +20,7 @@ from toolkit.patching.weights import weight_version, weights_changed
 __all__ = [
     "IndexLosses",
     "PatchReport",
+    "ReadLogits",
     "choose_rotary_lengths",
     "expert_layers",
     "find_claims",
@@ -22,6 +29,7 @@ __all__ = [
     "patch",
     "ragged_forward",
     "report_of",
+    "sequence_readings",
     "state_spec",
     "target_logprobs",
     "token_logprobs",

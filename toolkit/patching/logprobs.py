@@ -84,6 +84,29 @@ def token_logprobs(
             for which a ragged batch is not proven (``toolkit.patching.multimodal.expand``), and a routing or selection
             that does not fit the sequences or the model.
     """
+    read = deferred.token_logprobs
+    return sequence_readings(model, sequences, read, share, last, routing, rotary_lengths, images, selection, adapters)[
+        0
+    ]
+
+
+def sequence_readings(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int] | Tensor],
+    read: "ReadLogits",
+    share: bool = True,
+    last: Sequence[int] | None = None,
+    routing: Sequence[Tensor] | None = None,
+    rotary_lengths: Sequence[int | None] | None = None,
+    images: Sequence[Mapping[str, Any] | None] | None = None,
+    selection: Sequence[Tensor] | None = None,
+    adapters: Sequence[str | None] | None = None,
+) -> tuple[list[Tensor], ...]:
+    """What ``read`` returns for the logits before every token: a list with a tensor per sequence, of each output.
+
+    ``token_logprobs``, which has the arguments and errors, reads log-probabilities. Of sequences without a token there
+    is one output, of empty tensors.
+    """
     device = next(model.parameters()).device
     vocabulary = vocabulary_size(patched_model(model))
     given: list[MediaSequence | None] = [None] * len(sequences)
@@ -105,7 +128,7 @@ def token_logprobs(
                 )
         lengths = list(last)
     if not any(sequence.numel() for sequence in tokens):
-        return [torch.zeros(0, device=device) for _ in tokens]
+        return ([torch.zeros(0, device=device) for _ in tokens],)
     # Where nothing is asked for, the empty results still have a graph: gradients of 0, as of any masked loss.
     # The last token of a sequence predicts nothing here, but stays in: it costs little.
     chosen = choose_rotary_lengths(model, [len(sequence) for sequence in tokens], rotary_lengths)
@@ -130,7 +153,7 @@ def token_logprobs(
             prompt_lengths=prompts,
             adapters=chosen_adapters,
         )
-    return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
+    return tuple(list(values.split(lengths)) for values in predictions(model, batch, tokens, lengths, read))
 
 
 def target_logprobs(

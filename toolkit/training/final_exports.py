@@ -55,6 +55,7 @@ def write_exports(trainer: "Trainer") -> list[dict[str, Any]]:
     recipe, written = trainer.recipe, []
     for at, section in enumerate(recipe.export):
         path = trainer.folder / FOLDER / _name(section)
+        trainer.log(f"exporting {section.to}")
         try:
             compared = export_and_compare(
                 str(trainer.folder), path, section.to, section.quantise, recipe.forward_dtype, section.check,

@@ -85,10 +85,11 @@ class Trainer:
         self.log(f"data: {self.objective.describe()}")
         self._warmed_up = self._warm_up(start)
 
-        self.tokenizer = self._make_tokenizer(start)
+        with self._showing():
+            self.tokenizer = self._make_tokenizer(start)
         set_seed(recipe.seed)
         self._start_model = StartModel(recipe, self.tokenizer, self.objective.head, self._warmed_up)
-        self.hf_model, self._masters = self._start_model.make(start, self.accelerator.num_processes, self.log)
+        self.hf_model, self._masters = self._start_model.make(start, self.log)
         self.processor_files = processor_files(checkpoint_folder(self.hf_model))
         saved = None if start is None else start.checkpoint
         ragged, self.patch_report = patch_model(self.hf_model, recipe.model, saved)
@@ -150,6 +151,7 @@ class Trainer:
             log=self.log,
             stop=self.stop,
             gathered=self.strategy.inference,
+            whole=self.strategy.whole,
             averaged=self._average_applied,
             same_data=self.recipe.train.distributed.same_data,
         )
@@ -339,6 +341,7 @@ class Trainer:
         else:
             total += math.nan
         self.step += 1
+        self.objective.stepped(self.step)
         # The processes stop after the same step, whichever of them was asked to.
         asked = torch.full_like(total, float(self.stop.requested))
         means = cast(Tensor, self.accelerator.reduce(torch.stack([total / max(done, 1), asked]), "mean"))

@@ -61,8 +61,6 @@ def policy_loss(
     epsilon_high: float = 0.2,
     reference: Tensor | None = None,
     beta: float = 0.0,
-    entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
     lengths: Sequence[int] | None = None,
     delta: float | None = None,
     surrogate: Surrogate = "clipped",
@@ -75,7 +73,7 @@ def policy_loss(
 ) -> PolicyLoss:
     """The clipped surrogate of PPO (Schulman et al., 2017), which GRPO uses with group-normalised advantages.
 
-    ``-min(r a, clip(r, 1 - epsilon, 1 + epsilon_high) a) + beta (e^d - d - 1) - entropy_coef H`` per token, with
+    ``-min(r a, clip(r, 1 - epsilon, 1 + epsilon_high) a) + beta (e^d - d - 1)`` per token, with
     ``r = exp(logprob - behaviour)``, ``d = reference - logprob`` (an estimate of KL(policy | reference) that is never
     negative; Schulman, 2020).
 
@@ -84,7 +82,6 @@ def policy_loss(
         behaviour: [T], the log-probability that the token was sampled with, without gradient.
         advantage: [T].
         reference: [T], of the reference policy.
-        entropy: [T], nats.
         lengths: tokens of each completion; r is then the geometric mean over its completion (GSPO; Zheng et al., 2025).
         delta: bounds r in the first term, too.
         surrogate: the first term. cispo (MiniMax, 2025): ``-min(r, epsilon_high) a logprob``, the factor without
@@ -126,8 +123,6 @@ def policy_loss(
     if reference is not None and beta:
         divergence = kl_estimate(logprob, reference, kl_estimator)
         loss = loss + beta * (divergence * ratio if use_bias_correction_kl else divergence)
-    if entropy is not None and entropy_coef:
-        loss = loss - entropy_coef * entropy
     return PolicyLoss(loss, clipped.detach())
 
 

@@ -22,9 +22,11 @@ from toolkit.moe.observer import RouterObserver, observing
 from toolkit.patching import (
     IndexLosses,
     PatchReport,
+    ReadLogits,
     index_losses,
     patch,
     ragged_forward,
+    sequence_readings,
     token_logprobs,
     weights_changed,
 )
@@ -66,6 +68,7 @@ class RaggedModel(nn.Module):
         rotary_lengths: list[int | None] | None = None,
         selection: list[Tensor] | None = None,
         scores: bool = False,
+        reading: ReadLogits | None = None,
     ) -> Any:
         """Logits [T, V] of every token of a batch, or [len(rows), V] of those rows.
 
@@ -79,6 +82,7 @@ class RaggedModel(nn.Module):
             rotary_lengths: of each sequence, see ``token_logprobs``.
             selection: the keys that each sequence's tokens attend.
             scores: return the score [S] of each sequence, or those [T, N] of each token, of a model with such a head.
+            reading: what is returned of those tokens in the place of log-probabilities: a list for each of its outputs.
         """
         observed = torch.is_grad_enabled()
         indexers = nullcontext() if self.index_losses is None else index_losses(self.index_losses)
@@ -86,7 +90,10 @@ class RaggedModel(nn.Module):
             if isinstance(batch, list) and scores:
                 return sequence_scores(self.model, batch)
             if isinstance(batch, list):
-                return token_logprobs(self.model, batch, True, last, routing, rotary_lengths, selection=selection)
+                given: dict[str, Any] = {"last": last, "routing": routing, "selection": selection}
+                if reading is not None:
+                    return sequence_readings(self.model, batch, reading, rotary_lengths=rotary_lengths, **given)
+                return token_logprobs(self.model, batch, rotary_lengths=rotary_lengths, **given)
             if isinstance(batch, WithImages):
                 if observed and is_sharded(self.model):
                     raise ToolkitError(
@@ -113,27 +120,6 @@ class RaggedModel(nn.Module):
             texts = RaggedBatch.from_sequences(batch.texts, device, share=False, rotary_lengths=lengths)
             logits = [ragged_forward(self.model, texts, own), *logits]
         return torch.cat(logits)
-
-
-class Reference:
-    """A frozen model beside the one in training: never updated, never in training mode."""
-
-    def __init__(self, model: "PreTrainedModel", section: ModelSection, device: torch.device) -> None:
-        model.requires_grad_(False).to(device).eval()  # type: ignore[arg-type]
-        patch(model, section.roles, section.numerics, section.kv_cache_dtype)
-        self.model = model
-
-    @torch.no_grad()
-    def logprobs(
-        self, sequences: list[list[int]], last: list[int], rotary_lengths: list[int | None] | None = None
-    ) -> list[Tensor]:
-        """Log-probabilities of the last ``last[i]`` tokens of each sequence, without gradients."""
-        return token_logprobs(self.model, sequences, share=True, last=last, rotary_lengths=rotary_lengths)
-
-    @torch.no_grad()
-    def logits(self, batch: RaggedBatch, rows: Tensor) -> Tensor:
-        """Logits [len(rows), V] of those rows."""
-        return ragged_forward(self.model, batch, rows)
 
 
 def make_model(

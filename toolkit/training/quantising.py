@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from toolkit.config.schema import ModelSection
-from toolkit.errors import ToolkitError
 from toolkit.quantised import QuantisationReport, quantise, quantised_weights
 from toolkit.training.precision import Masters
 
@@ -11,23 +10,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def quantise_model(
-    model: "nn.Module", section: ModelSection, masters: Masters, processes: int = 1
-) -> QuantisationReport | None:
+def quantise_model(model: "nn.Module", section: ModelSection, masters: Masters) -> QuantisationReport | None:
     """Quantise the weights in place as a recipe says: what was done; None where it says nothing.
 
     Without adapters the weights are trained, and are the rounding of their values in ``masters``.
 
     Args:
         masters: values in float32 of parameters that were rounded to 16 bits; those of quantised weights join them.
-
-    Raises:
-        ToolkitError: for several processes, whose parameters data parallel writes in place.
     """
     if section.quantise is None:
         return None
-    if processes > 1:
-        raise ToolkitError(f"model.quantise must be null with several processes, got {processes} of them.")
     before = dict(model.named_parameters())
     exact = {name: masters[parameter] for name, parameter in before.items() if parameter in masters}
     wanted = section.quantise

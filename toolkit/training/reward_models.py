@@ -44,7 +44,7 @@ class RewardModelFunction:
 
     def open(self, recipe: "Recipe", device: "torch.device") -> None:
         """Load the model and patch it, with the numerics of the recipe's."""
-        from toolkit.training.model import Reference
+        from toolkit.training.reference import Reference
         from toolkit.training.score_model import load_score_model
 
         model = load_score_model(self._name, recipe.forward_dtype, self._field)

@@ -10,9 +10,10 @@ import torch
 
 from toolkit.engine.outputs import Completion
 from toolkit.errors import ToolkitError
-from toolkit.patching import token_logprobs
+from toolkit.patching import sequence_readings
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.training.objectives.base import RunContext
+from toolkit.training.readings import Reading
 from toolkit.training.tasks.base import call_checked, imported
 
 if TYPE_CHECKING:
@@ -170,5 +171,6 @@ class RolloutFunction:
         model = self._context.model.model
         sequences = [prompt + completion for prompt, completion in zip(prompts, completions)]
         with eval_mode(model):
-            values = token_logprobs(model, sequences, last=[len(completion) for completion in completions])
+            read, last = Reading(self.trainer.temperature), [len(completion) for completion in completions]
+            values = sequence_readings(model, sequences, read, last=last)[0]
         return [one.tolist() for one in values]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from toolkit.config import dump
@@ -16,6 +17,9 @@ from toolkit.training.state import OptimizerState, restore_rank, write_state
 
 if TYPE_CHECKING:
     from toolkit.training.loop import Trainer
+
+OWN_TENSORS = "objective.safetensors"
+"""Of an objective."""
 
 
 def write_run(
@@ -54,6 +58,8 @@ def write_run(
     write_state(staging / "training", values, optimizer, rngs)
     if averages is not None:
         save_averages(averages, staging / "training")
+    if own := trainer.objective.tensors():
+        save_file({name: one.cpu().contiguous() for name, one in own.items()}, str(staging / "training" / OWN_TENSORS))
 
 
 def write_averaged(trainer: "Trainer") -> None:
@@ -80,6 +86,8 @@ def restore_run(trainer: "Trainer", start: Start) -> None:
     trainer.strategy.load_optimizer(folder / "optimizer.safetensors", state["optimizer"])
     if trainer.averaged is not None:
         trainer.averaged.load(folder)
+    if (folder / OWN_TENSORS).is_file():
+        trainer.objective.load_tensors(load_file(str(folder / OWN_TENSORS)))
     trainer.gradients.load_state_dict(state["gradients"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     before, now = state["world_size"], trainer.objective.context.world_size

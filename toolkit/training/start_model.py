@@ -58,14 +58,11 @@ class StartModel:
             recipe, grows = self._recipe, bool(self._recipe.tokenizer.added_tokens)
             return make_model(section, self._tokenizer, recipe.train.max_length, self._head, grows)
 
-    def make(
-        self, start: Start | None, processes: int, log: Callable[[str], None]
-    ) -> "tuple[PreTrainedModel, Masters | None]":
+    def make(self, start: Start | None, log: Callable[[str], None]) -> "tuple[PreTrainedModel, Masters | None]":
         """The model to train, unpatched, and the float32 values of what its forward reads rounded; None without any.
 
         Args:
             start: to continue from.
-            processes: of the run.
             log: is told what is frozen and quantised.
         """
         recipe = self._recipe
@@ -80,6 +77,6 @@ class StartModel:
             log(f"frozen: {frozen}")
         masters = lower_precision(model, recipe.forward_dtype)
         move_to_fresh_memory(model)
-        if new and (report := quantise_model(model, recipe.model, masters, processes)):
+        if new and (report := quantise_model(model, recipe.model, masters)):
             log(f"quantised: {report}")
         return model, None if recipe.train.mixed_precision == "no" and not recipe.trains_quantised else masters

@@ -8,6 +8,7 @@ from toolkit import loading
 from toolkit.config.schema import ModelSection, TokenizerSection
 from toolkit.errors import ToolkitError
 from toolkit.loading import find_tokenizer
+from toolkit.training.progress import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,7 +81,7 @@ def make_tokenizer(section: TokenizerSection, model: ModelSection, texts: Iterab
     elif model.name_or_path is not None:
         found = load_tokenizer(model.name_or_path, "model.name_or_path", model.revision, model.trust_remote_code)
     else:
-        found = train_tokenizer(texts, section.vocab_size, max_length)
+        found = train_tokenizer(counted(texts, None, "tokenizer: texts read"), section.vocab_size, max_length)
     found.add_tokens(list(section.added_tokens), special_tokens=True)
     return found
 

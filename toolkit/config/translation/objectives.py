@@ -46,6 +46,8 @@ def rollouts(t: Translation) -> None:
         scale = t.take("scale_rewards", "group")
         scale = {True: "group", False: "none", "True": "group", "False": "none"}.get(scale, scale)
         t.put("objective.scale_rewards", scale, "scale_rewards")
+        if t.get("beta"):
+            t.put("objective.use_bias_correction_kl", bool(t.take("use_bias_correction_kl", True)))
     for name in (
         "num_iterations", "epsilon", "epsilon_high", "beta", "importance_sampling_level", "mask_truncated_completions",
         "multi_objective_aggregation",
@@ -56,7 +58,7 @@ def rollouts(t: Translation) -> None:
     function = t.take("rollout_func")
     if isinstance(function, str):
         t.put("objective.rollout_func", _importable(function), "rollout_func")
-    _sampling(t)
+    _sampling(t, "temperature")
     _rewards(t)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from toolkit.training.model import RaggedModel
+    from toolkit.training.reference import ReferenceSync
     from toolkit.training.tokenizer import Tokenizer
 
 CHECKED_PROBLEMS = 64
@@ -50,6 +51,7 @@ class RunContext:
         stop: whether a signal has asked the run to stop.
         gathered: inside of what it returns this process computes with the whole model, where that is sharded over
             processes: all must enter it, and inside they need not do the same, unless they have the same data.
+        whole: inside of what it returns every process has all weights; all must enter it.
         averaged: inside of what it returns the model has the moving average of ``train.ema_decay``.
         same_data: whether all processes train on the same examples, as one would, each with a part of the model.
     """
@@ -64,6 +66,7 @@ class RunContext:
     log: Callable[[str], None]
     stop: StopRequest = field(default_factory=StopRequest)
     gathered: Callable[[], AbstractContextManager[None]] = nullcontext
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
     averaged: Callable[[], AbstractContextManager[None]] = nullcontext
     same_data: bool = False
 
@@ -169,6 +172,8 @@ class Objective(ABC, Generic[S]):
     """Whether the model predicts tokens, has one score a sequence, or two classes for each token."""
     fingerprint: str
     """Of the data: a position in it means something only for the same data."""
+    synced: "ReferenceSync | None" = None
+    """Moves a reference towards the model; ``bind`` sets it where the recipe asks for that."""
     data_report: str = ""
     """What a look at the data has found, for the run's folder; ``bind`` sets it."""
 
@@ -241,6 +246,20 @@ class Objective(ABC, Generic[S]):
     @abstractmethod
     def follow(self, states: Sequence[dict[str, Any]]) -> None:
         """Continue where another number of processes has taken ``state_dict``, in the order of their ranks."""
+
+    def stepped(self, step: int) -> None:
+        """After step ``step``, counted from 1; all processes call it."""
+        if self.synced is not None:
+            self.synced.stepped(step)
+
+    def tensors(self) -> "dict[str, Tensor]":
+        """What a checkpoint holds of the objective beside its position; every process has the same."""
+        return {} if self.synced is None else self.synced.tensors()
+
+    def load_tensors(self, tensors: "dict[str, Tensor]") -> None:
+        """Continue with what ``tensors`` gave."""
+        if self.synced is not None:
+            self.synced.load(tensors)
 
     def write_report(self, folder: Path) -> None:
         """Leave ``data_report`` in the run's folder."""

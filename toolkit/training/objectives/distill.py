@@ -95,7 +95,8 @@ class Distillation(WithTeacher[DistillSection]):
     def bind(self, context: RunContext) -> None:
         from toolkit.chat import ChatTokenizer
         from toolkit.patching.adapters import vocabulary_size
-        from toolkit.training.model import Reference, eos_token_ids, load_checkpoint
+        from toolkit.training.model import eos_token_ids, load_checkpoint
+        from toolkit.training.reference import Reference
 
         super().bind(context)
         model = load_checkpoint(self._teacher(), self.recipe.forward_dtype, "objective.teacher.name_or_path")

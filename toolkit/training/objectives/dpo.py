@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from toolkit.config.base import Fraction
-from toolkit.config.objective import Positive
+from toolkit.config.objective import Positive, SyncedReferenceSection
 from toolkit.training.objectives.preference import Preference, PreferenceSection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from toolkit.training.preference_losses import Scores
+    from toolkit.training.readings import Reading
 
 
 _SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")
@@ -23,7 +24,7 @@ LossType = Literal[
 ]  # fmt: skip
 
 
-class DPOSection(PreferenceSection):
+class DPOSection(SyncedReferenceSection, PreferenceSection):
     """Direct preference optimisation. The reference is the initial model (after the warm-up)."""
 
     kind: Literal["dpo"] = "dpo"
@@ -49,6 +50,10 @@ class DPOSection(PreferenceSection):
     """Weight of the chosen completions' cross-entropy beside the preference (RPO), a mean over the step's tokens of
     them; TRL's ``loss_type: [sigmoid, sft]``."""
 
+    use_weighting: bool = False
+    """Weigh pairs by how probable their completions are under the model (WPO; Zhou et al., 2024): the product of both
+    ``exp mean(log p - log sum_v p_v^2)``; not for aot and aot_unpaired."""
+
     @property
     def loss_types(self) -> Sequence[str]:
         """``loss_type`` as several."""
@@ -69,6 +74,8 @@ class DPOSection(PreferenceSection):
                 f"{len(self.loss_weights)}"
             )
         for name in names:
+            if self.use_weighting and name.startswith("aot"):
+                raise ValueError(f"objective.use_weighting must be false with objective.loss_type '{name}', got true")
             if name == "exo_pair" and self.label_smoothing == 0:
                 raise ValueError("objective.label_smoothing must be > 0 for objective.loss_type 'exo_pair', got 0")
             if self.label_smoothing and name not in _SMOOTHED:
@@ -99,6 +106,11 @@ class DPO(Preference[DPOSection]):
         for name, weight in others:
             found = found + WITH_REFERENCE[name](scores, settings) * weight
         return found
+
+    def reading(self) -> "Reading":
+        from toolkit.training.readings import Reading
+
+        return Reading(collision=self.section.use_weighting)
 
     @property
     def longer_weight(self) -> float:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from toolkit.engine.outputs import Completion
     from toolkit.training.losses import KLEstimator, Surrogate
-    from toolkit.training.model import Reference
+    from toolkit.training.reference import Reference
 
 
 class GRPO(OnPolicyObjective[GRPOSection]):
@@ -36,12 +36,20 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         return "mean" if self.section.importance_sampling_level == "sequence" else "none"
 
     def bind(self, context: RunContext) -> None:
-        from toolkit.training.model import Reference
+        from toolkit.training.entropy import EntropyTerm
+        from toolkit.training.readings import Reading
+        from toolkit.training.reference import Reference, ReferenceSync
 
         super().bind(context)
         self.reference: Reference | None = None
         if self.section.beta:
             self.reference = Reference(context.initial_model(), self.recipe.model, context.device)
+            if self.section.sync_ref_model:
+                self.synced = ReferenceSync(self.section, self.reference, context)
+        self.entropy = EntropyTerm(self.section)
+        self._temperature = self.section.rollout.temperature
+        self._tokens = 0.0
+        self._reading = Reading(self._temperature, self.entropy.wanted)
 
     def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
         self.begin()
@@ -49,7 +57,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         self.finish_advantages(groups)
         self._weigh([sample for group in groups for sample in group])
         groups = [kept for group in groups if (kept := [sample for sample in group if not sample.masked])]
-        if self.reference is None:
+        if self.reference is None and not self.entropy.wanted:
             # A group whose rewards are all equal has no gradient: it counts in the mean and needs no forward.
             groups = [group for group in groups if any(any(sample.token_advantages) for sample in group)]
         micros = pack(groups, self.recipe.train.batch_tokens)
@@ -64,6 +72,15 @@ class GRPO(OnPolicyObjective[GRPOSection]):
             for micro in micros:
                 micro.first = update == 0
             yield micros
+            if self.entropy.wanted:
+                self.entropy.finish_update(self.context)
+
+    def roll_out(self, step: int, n: int, attempt: int = 0) -> "tuple[list[Any], Sequence[Sequence[Completion]]]":
+        problems, groups = super().roll_out(step, n, attempt)
+        if self._temperature != 1.0:  # what is trained is the distribution that was sampled from
+            for one in (one for group in groups for one in group):
+                one.logprobs = one.sampling_logprobs
+        return problems, groups
 
     def _groups(self, step: int) -> list[list[Sample]]:
         """The groups to train on, with advantages; with dynamic sampling, rounds until there are enough."""
@@ -141,6 +158,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         """Each token's weight, so that the loss is the asked-for mean over the samples of all processes."""
         trained = sum(len(sample.behaviour) for sample in samples if not sample.masked)
         count, tokens = self.context.reduce_sum([len(samples), trained])
+        self._tokens = tokens
         for sample in samples:
             if self.section.loss_type in ("dapo", "cispo", "vespo"):
                 weight = 1.0 / max(tokens, 1.0)
@@ -157,11 +175,10 @@ class GRPO(OnPolicyObjective[GRPOSection]):
     def finish_advantages(self, groups: Sequence[Sequence[Sample]]) -> None:
         """What the advantages of this process's groups lack that is not of each group alone."""
 
-    @staticmethod
-    def remember_reference(reference: "Reference", micros: Sequence[MicroBatch]) -> None:
+    def remember_reference(self, reference: "Reference", micros: Sequence[MicroBatch]) -> None:
         """Give samples the log-probabilities of their sampled tokens under the reference."""
         for micro in micros:
-            values = reference.logprobs(micro.sequences, micro.lengths, micro.rotary_lengths)
+            values = reference.logprobs(micro.sequences, micro.lengths, micro.rotary_lengths, self._temperature)
             for sample, value in zip(micro.samples, values):
                 sample.reference = sample.of_sampled(value)
 
@@ -173,8 +190,10 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         section, samples = self.section, micro.samples
         lengths = micro.trained_lengths
         given = {name: getattr(micro, name) for name in ("routing", "selection", "rotary_lengths")}
-        values = forward(micro.sequences, last=micro.lengths, **given)
-        logprob = torch.cat([sample.of_sampled(one) for sample, one in zip(samples, values)])
+        found = forward(micro.sequences, last=micro.lengths, reading=self._reading, **given)
+        logprob, *entropy = (
+            torch.cat([sample.of_sampled(one) for sample, one in zip(samples, values)]) for values in found
+        )
         device = logprob.device
 
         def spread(values: list[float]) -> "Tensor":
@@ -193,6 +212,9 @@ class GRPO(OnPolicyObjective[GRPOSection]):
             [value for sample in samples for value in sample.token_advantages], dtype=logprob.dtype, device=device
         )
         factors: list[Tensor] = []
+        if entropy:
+            selected = self.entropy.selected(entropy[0], counted, self.context)
+            factors.append(selected)
         if section.off_policy_mask_threshold is not None:
             threshold = section.off_policy_mask_threshold
             factors.append(off_policy_mask(logprob, behaviour, advantage, lengths, threshold))
@@ -227,7 +249,11 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         if reference is not None:
             distance = divergence_estimate(reference - logprob.detach())
             self.sums.add(kl=(distance * counted).sum().item())
-        return (result.loss * weight).sum()
+        loss = (result.loss * weight).sum()
+        if entropy:
+            share = counted.sum().item() * self.context.world_size / max(self._tokens, 1.0)
+            loss = loss + self.entropy.loss(entropy[0], selected, share)
+        return loss
 
     def rows(self, micro: MicroBatch) -> int:
         return sum(len(sample.sequence) for sample in micro.samples if sample.weight)
@@ -263,7 +289,21 @@ class GRPO(OnPolicyObjective[GRPOSection]):
             "groups_dropped": int(got["groups_dropped"]),
             "rounds": got["rounds"] / got["processes"],
         }
-        return self.trained_tokens, values | self.divergence_metrics(got)
+        return self.trained_tokens, values | self.entropy.metrics() | self.divergence_metrics(got)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"entropy": self.entropy.state_dict()} if self.section.use_adaptive_entropy else {}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.section.use_adaptive_entropy and "entropy" in state:
+            self.entropy.load_state_dict(state["entropy"])
+
+    def follow(self, states: Sequence[dict[str, Any]]) -> None:
+        super().follow(states)
+        if self.section.use_adaptive_entropy and "entropy" in states[0]:
+            self.entropy.load_state_dict(states[0]["entropy"])
 
     def divergence_metrics(self, got: dict[str, float]) -> dict[str, float]:
         """The divergence from the initial model, where there is one, from the step's sums."""

@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from toolkit.config.base import Count
-from toolkit.config.objective import OnPolicySection, Positive
+from toolkit.config.objective import OnPolicySection, Positive, SyncedReferenceSection
 
 
-class GRPOSection(OnPolicySection):
+class GRPOSection(SyncedReferenceSection, OnPolicySection):
     """GRPO and its relatives; fields have the names of TRL's ``GRPOConfig``.
 
     GRPO (DeepSeekMath, 2024) by default. Dr. GRPO (Liu et al., 2025): ``scale_rewards: none, loss_type: dr_grpo``.
@@ -64,6 +64,21 @@ class GRPOSection(OnPolicySection):
     off_policy_mask_threshold: Positive | None = None
     """Leave out completions with a negative advantage whose mean of ``log p_rollout - log p`` is above it
     (DeepSeek-V3.2); null leaves none out."""
+    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the tokens, those with the highest entropy in a forward of all processes, that the first term of the
+    loss is of (Wang et al., 2025); 1 is all."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the mean entropy of the tokens, in nats, that is taken off the loss; the same for every ``loss_type``.
+    With ``use_adaptive_entropy`` where it begins."""
+    use_adaptive_entropy: bool = False
+    """Move the coefficient by ``entropy_coef_delta`` after every update: up where the entropy is at or below
+    ``entropy_target``, down elsewhere. It acts only in updates after one with such an entropy (Skywork-OR1; He et al.,
+    2025)."""
+    entropy_coef_min: Annotated[float, Field(ge=0)] = 0.0
+    entropy_coef_max: Annotated[float, Field(ge=0)] = 1.0
+    entropy_coef_delta: Positive = 0.005
+    entropy_target: Annotated[float, Field(ge=0)] = 0.2
+    """Nats a token."""
     mask_truncated_completions: bool = False
     """Completions that ``rollout.max_completion_length`` cut count in their group's mean and not in the loss."""
     dynamic_sampling: bool = False
@@ -104,10 +119,17 @@ class GRPOSection(OnPolicySection):
 
     @model_validator(mode="after")
     def _samples_from_the_policy(self) -> Self:
-        if self.rollout.temperature != 1.0:
+        if self.rollout.temperature != 1.0 and self.rollout.structured_outputs is not None:
             raise ValueError(
-                "objective.rollout.temperature must be 1.0 with objective.kind 'grpo', which trains the distribution "
-                f"that it samples from, got {self.rollout.temperature}"
+                "objective.rollout.temperature must be 1.0 with objective.rollout.structured_outputs, got "
+                f"{self.rollout.temperature}"
+            )
+        if self.sync_ref_model and not self.beta:
+            raise ValueError("objective.beta must be > 0 with objective.sync_ref_model, got 0")
+        if self.entropy_coef_min > self.entropy_coef_max:
+            raise ValueError(
+                f"objective.entropy_coef_min must be <= objective.entropy_coef_max, which is {self.entropy_coef_max}, "
+                f"got {self.entropy_coef_min}"
             )
         by_tools = self.environment_factory is not None or bool(self.tools)
         several_turns = by_tools or self.environment is not None

@@ -78,7 +78,7 @@ class KTO(OfflineObjective[KTOSection]):
             raise ToolkitError(f"must have 'label' as true or false, got {kind_of(line.get('label'))}.")
 
     def bind(self, context: RunContext) -> None:
-        from toolkit.training.model import Reference
+        from toolkit.training.reference import Reference
 
         super().bind(context)
         self.check_data()

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from toolkit.config.objective import Positive
+from toolkit.config.objective import Positive, SyncedReferenceSection
 from toolkit.training.objectives.base import Metrics, RunContext
 from toolkit.training.objectives.pairs import OnPairs, Pair, PairSection, sequences_of
 from toolkit.training.progress import counted
@@ -12,8 +12,9 @@ from toolkit.training.progress import counted
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from toolkit.training.model import Reference
     from toolkit.training.preference_losses import Scores
+    from toolkit.training.readings import Reading
+    from toolkit.training.reference import Reference
 
 
 SUMS = ("pairs", "accuracies", "margins", "preferred", "chosen", "rejected")
@@ -42,11 +43,13 @@ class Preference(OnPairs[P]):
     reference: "Reference | None" = None
 
     def bind(self, context: RunContext) -> None:
-        from toolkit.training.model import Reference
+        from toolkit.training.reference import Reference, ReferenceSync
 
         super().bind(context)
         if self.has_reference:
             self.reference = Reference(context.initial_model(), self.recipe.model, context.device)
+            if isinstance(self.section, SyncedReferenceSection) and self.section.sync_ref_model:
+                self.synced = ReferenceSync(self.section, self.reference, context)
 
     def weigh(self, pairs: Sequence[Pair]) -> None:
         super().weigh(pairs)
@@ -73,13 +76,17 @@ class Preference(OnPairs[P]):
         from toolkit.training.preference_losses import Scores
 
         sequences, lengths = sequences_of(micro)
-        logprobs = forward(sequences, last=self.predicted(micro, lengths))
-        chosen, rejected = self._logps([values[len(values) - count :] for values, count in zip(logprobs, lengths)])
+        logprobs, *read = forward(sequences, last=self.predicted(micro, lengths), reading=self.reading())
+        of_completions = [values[len(values) - count :] for values, count in zip(logprobs, lengths)]
+        chosen, rejected = self._logps(of_completions)
         weight = chosen.new_tensor([pair.weight for pair in micro])
         references = chosen.new_tensor([pair.reference for pair in micro])
         lengths_of = chosen.new_tensor([(len(pair.chosen), len(pair.rejected)) for pair in micro])
         scores = Scores(chosen, rejected, *references.unbind(1), *lengths_of.unbind(1))
-        loss = (self.preference_loss(scores) * weight).sum()
+        losses = self.preference_loss(scores)
+        for collisions in read:
+            losses = losses * _confidence(of_completions, collisions)
+        loss = (losses * weight).sum()
         self._count(micro, chosen.detach(), rejected.detach(), references)
         supervised = self.supervised_weight()
         return loss + supervised * self.cross_entropy(micro, logprobs[::2]) if supervised else loss
@@ -105,6 +112,12 @@ class Preference(OnPairs[P]):
         else:
             sums = [torch.stack([values.sum() for values in side]) for side in sides]
         return sums[0], sums[1]
+
+    def reading(self) -> "Reading":
+        """What the loss reads of logits: log-probabilities, and collisions to weigh pairs by how probable they are."""
+        from toolkit.training.readings import Reading
+
+        return Reading()
 
     def predicted(self, micro: Sequence[Pair], lengths: list[int]) -> list[int]:
         """How many last tokens of each sequence the loss reads; the completions have ``lengths``."""
@@ -180,3 +193,16 @@ class Preference(OnPairs[P]):
             ):
                 start = f"{before[name]:.1%} before, " if before else ""
                 print(f"held-out pairs, {what}: {start}{after[name]:.1%} after ({after['eval_samples']} pairs)")
+
+
+def _confidence(logprobs: "Sequence[Tensor]", collisions: "Sequence[Tensor]") -> "Tensor":
+    """[pairs] the product of both completions' ``exp mean(log p - log sum_v p_v^2)``, without gradient.
+
+    Args:
+        logprobs: of the tokens of chosen and rejected completions in turn.
+        collisions: likewise.
+    """
+    import torch
+
+    means = torch.stack([(one.detach() - other).mean() for one, other in zip(logprobs, collisions)])
+    return (means[::2] + means[1::2]).exp()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from toolkit.engine.outputs import Completion
     from toolkit.training.losses import KLEstimator
-    from toolkit.training.model import Reference
+    from toolkit.training.reference import Reference
 
 
 class ReinforcePlusPlusSection(GRPOSection):

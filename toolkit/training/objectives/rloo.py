@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from toolkit.engine.outputs import Completion
-    from toolkit.training.model import Reference
+    from toolkit.training.reference import Reference
 
 _OF_GRPO = (
     "loss_type", "scale_rewards", "multi_objective_aggregation", "importance_sampling_level", "delta",
@@ -87,6 +87,7 @@ class RLOO(GRPO, section=RLOOSection):
                 [[*one.prompt_token_ids, *one.token_ids] for one in batch],
                 [len(one.token_ids) for one in batch],
                 [one.rotary_length for one in batch],
+                self.section.rollout.temperature,
             )
             masks = [torch.tensor(getattr(one, "sampled", None) or [True] * len(one.token_ids)) for one in batch]
             found += [

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from toolkit.engine.outputs import Completion
     from toolkit.state.batch import RaggedBatch
     from toolkit.training.distillation_losses import Comparison
-    from toolkit.training.model import Reference
+    from toolkit.training.reference import Reference
 
 
 class SDFTSection(OnPolicySection):
@@ -86,7 +86,7 @@ class SDFT(WithTeacher[SDFTSection]):
 
     def bind(self, context: RunContext) -> None:
         from toolkit.patching.adapters import vocabulary_size
-        from toolkit.training.model import Reference
+        from toolkit.training.reference import Reference
 
         super().bind(context)
         section, vocabulary = self.section, vocabulary_size(context.model.model)

@@ -89,6 +89,9 @@ def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes, processes: 
     shard = f" of {processes} processes" if processes > 1 and train.distributed.shards else ""
     optimizer = _optimizer(recipe, model, trained)
     own = weights
+    coded = 0
+    if strategy == "fsdp2" and processes > 1 and recipe.model.quantise is not None:  # whole in every process
+        coded = _codes(recipe, model)
     if strategy == "fsdp2" and processes > 1 and train.mixed_precision == "bf16":
         # The float32 weights are the shards themselves.
         optimizer -= 4 * sum(one.numel() for one in trained if one.itemsize == 2)
@@ -106,7 +109,7 @@ def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes, processes: 
         "state": "of the engine, at most",
     }
     return Footprint(
-        weights=int(own * of_weights) + (weights if weighted else 0),
+        weights=coded + int((own - coded) * of_weights) + (weights if weighted else 0),
         gathered=weights if shares_weights else 0,
         gradients=int(count * gradient * of_gradients),
         optimizer=int(optimizer * of_optimizer),
@@ -127,17 +130,20 @@ def _part(model: "nn.Module", processes: int) -> float:
 
 def _weights(recipe: Recipe, model: "nn.Module") -> int:
     """Of the model in the dtype of its forward, and in fewer bits where the recipe says so."""
-    section = recipe.model.quantise
     total = sum(one.numel() * one.itemsize for one in model.parameters())
-    if section is None:
-        return total
+    dense = sum(module.weight.numel() * module.weight.itemsize for module in _quantised(recipe, model))
+    return total - dense + _codes(recipe, model)
+
+
+def _codes(recipe: Recipe, model: "nn.Module") -> int:
+    """Of the weights that get fewer bits, with their scales."""
     shares: dict[tuple[int, torch.dtype], float] = {}
+    total = 0
     for module in _quantised(recipe, model):
-        dense = module.weight.numel() * module.weight.itemsize
         row = module.in_features, module.weight.dtype
         if row not in shares:
-            shares[row] = _share(*row, section)
-        total -= dense - int(dense * shares[row])
+            shares[row] = _share(*row, recipe.model.quantise)
+        total += int(module.weight.numel() * module.weight.itemsize * shares[row])
     return total
 
 

@@ -1,7 +1,7 @@
 """A reward function that runs the code of completions: ``reward_funcs: ["toolkit.training.sandbox:code"]``."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolkit.training.sandbox.running import Limits, run_many
@@ -20,19 +20,27 @@ def code(
     tests: Sequence[Any],
     cpu_seconds: Sequence[int | None] | None = None,
     memory_mb: Sequence[int | None] | None = None,
+    states: Sequence[Mapping[str, Any]] | None = None,
     **_: Any,
 ) -> list[float | None]:
     """The share of tests that the code of each completion passes; 0 without a block of code.
+
+    Of a conversation it is the code of the model's last turn: what an environment says is not run.
 
     Args:
         completions: texts or messages.
         tests: of each line: Python that raises where it fails, or a list of such texts; None does not apply.
         cpu_seconds: of each line; None for the default limit.
         memory_mb: likewise.
+        states: of conversations with an environment, whose ``responses`` are the model's turns.
     """
     found: list[float | None] = [None] * len(completions)
     groups: dict[Limits, list[int]] = {}
-    blocks = [code_block(_text(one)) for one in completions]
+    said = [_text(one) for one in completions]
+    for at, state in enumerate(states or ()):
+        if isinstance(completions[at], str):
+            said[at] = "".join(state["responses"][-1:])
+    blocks = [code_block(one) for one in said]
     for at, (block, own) in enumerate(zip(blocks, tests, strict=True)):
         if own is not None:
             found[at] = 0.0

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ from toolkit.errors import ToolkitError
 _CHILD = Path(__file__).with_name("child.py")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/urandom")
 MOST_TESTS = 4096
+_MOST_WAITING = 9
+"""Of ``wall_seconds``, that a process may wait for a CPU without being ended."""
 Status = Literal["passed", "failed", "timeout", "killed", "output"]
 
 
@@ -30,7 +33,8 @@ class Limits:
 
     Args:
         cpu_seconds: of CPU time, a whole number.
-        wall_seconds: from the start of the process.
+        wall_seconds: from the start of the process, without those that it waited for a busy CPU (as Linux counts them);
+            those count from the tenfold on.
         memory_bytes: of address space, of which Python takes some 30 MB.
         file_bytes: of a file that it writes.
         output_bytes: of standard output and error together.
@@ -165,12 +169,17 @@ def _watched(folder: str, standard_input: Any, limits: Limits, tests: int, stric
 
 def _read(process: "subprocess.Popen[bytes]", limits: Limits) -> tuple[bytes, Status | None]:
     """What the process prints, until it ends; and why it is to be ended, or None."""
-    end, output = time.monotonic() + limits.wall_seconds, bytearray()
+    begun, output = time.monotonic(), bytearray()
+
+    def left() -> float:
+        passed = time.monotonic() - begun
+        return limits.wall_seconds - passed + min(_waited(process.pid), _MOST_WAITING * limits.wall_seconds)
+
     assert process.stdout is not None
     with process.stdout, selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        while (left := end - time.monotonic()) > 0:
-            if not selector.select(left):
+        while (seconds := left()) > 0:
+            if not selector.select(seconds):
                 continue
             part = os.read(process.stdout.fileno(), 65536)
             if not part:
@@ -178,11 +187,21 @@ def _read(process: "subprocess.Popen[bytes]", limits: Limits) -> tuple[bytes, St
             output += part[: limits.output_bytes + 1 - len(output)]
             if len(output) > limits.output_bytes:
                 return bytes(output[: limits.output_bytes]), "output"
-    try:  # it may have closed its output and run on
-        process.wait(max(end - time.monotonic(), 0.0))
-    except subprocess.TimeoutExpired:
-        return bytes(output), "timeout"
+    while process.poll() is None:  # it may have closed its output and run on
+        seconds = left()
+        if seconds <= 0:
+            return bytes(output), "timeout"
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
     return bytes(output), None
+
+
+def _waited(pid: int) -> float:
+    """Seconds that a process has waited for a CPU that others used; 0 where the kernel does not count them."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from toolkit.config import Recipe
 from toolkit.patching.sharding import gathered_fsdp
+from toolkit.quantised import quantised_weights
 from toolkit.training.model import RaggedModel
 from toolkit.training.optimizers import make_optimizer
 from toolkit.training.precision import GradientStep, Masters
@@ -49,6 +50,8 @@ class FSDP2(Strategy):
             if self.recipe.train.distributed.cpu_offload and device.type != "cpu"
             else OffloadPolicy(),
         }
+        # Codes have no shards: a frozen base of few bits is whole in every process.
+        how["ignored_params"] = {weight for _, weight in quantised_weights(self._model)}
         for unit in units_of(self._model):
             fully_shard(unit, **how)
         fully_shard(ragged, **how)  # what every loss calls; some call parts of the model inside of it
