@@ -3,12 +3,18 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from tests.helpers.pooling_models import HEADLESS, SEQUENCES, pooling_model
 from tests.helpers.tokenizers import make_tokenizer
 from toolkit.cli import main
+from toolkit.engine.pooling import PoolingEngine, PoolingInput
+from toolkit.errors import ToolkitError
 from toolkit.exporting import MANIFEST, export
+from toolkit.loading import choose_runner, find_source, load_model
 from toolkit.testing.export_coverage import equal_tokens
-from toolkit.testing.models import random_model
+from toolkit.testing.models import random_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +74,30 @@ def test_tokens_count_to_the_first_difference(other, count):
 def test_a_family_that_is_not_measured_is_a_sentence(capsys):
     assert main(["coverage", "--export", "lama"]) == 2
     assert "architecture must be one of llama, " in capsys.readouterr().err
+
+
+def pooled(folder):
+    """What the engine makes of a text by a model as its folder says."""
+    _, settings = choose_runner(find_source(folder))
+    engine = PoolingEngine(load_model(folder, runner="pooling")[0], pooler_config=settings)
+    return engine.pool([PoolingInput([5, 6, 7, 8])])[0].data
+
+
+@pytest.mark.parametrize(("opener", "head"), [(HEADLESS, None), (SEQUENCES, "score.weight")])
+def test_pooling_models_are_exported_with_their_heads_and_their_pooling(opener, head, tmp_path, capsys):
+    folder, out = tmp_path / "saved", tmp_path / "out"
+    pooling_model("qwen3", opener).save_pretrained(folder)
+    tiny_tokenizer(331).save_pretrained(folder)
+    if head is None:
+        kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+        modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in kinds.items()]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    assert main(["export", str(folder), str(out)]) == 0
+    assert "8 of 8 prompts give the same output" in capsys.readouterr().out
+    before, after = (pooled(str(one)) for one in (folder, out))
+    assert torch.equal(before, after)
+    assert head is None or torch.equal(*(load_file(one / "model.safetensors")[head] for one in (folder, out)))
+    with pytest.raises(ToolkitError, match="'torch-export' holds causal language models, got a Qwen3"):
+        export(load_model(str(folder), runner="pooling")[0], tmp_path / "program", "torch-export")

@@ -81,7 +81,7 @@ def test_rotary_settings_have_their_older_names_too(tmp_path, family, settings, 
     ("family", "older"),
     [
         ("qwen3_moe", {"num_experts": 12, "rope_theta": 10000.0, "max_window_layers": 2}),
-        ("lfm2", {"block_dim": 64}),
+        ("lfm2", {"block_dim": 64, "conv_dim": 64}),
         ("gemma3_text", {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "sliding_window_pattern": 3}),
     ],
 )
@@ -97,7 +97,7 @@ def test_fields_have_their_older_names_too(tmp_path, family, older):
     before = model.config.to_dict()
     changed = {name for name in before if again[name] != before[name] and not name.startswith("_")}
     assert changed <= {"architectures"}
-    assert again.keys() - before.keys() <= {"block_dim", "max_window_layers", "sliding_window_pattern"}
+    assert again.keys() - before.keys() <= {"block_dim", "conv_dim", "max_window_layers", "sliding_window_pattern"}
 
 
 def test_weights_are_sharded(model, tmp_path, monkeypatch):

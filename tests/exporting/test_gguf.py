@@ -37,6 +37,19 @@ GEMMA3 = {
     "intermediate_size": 96,
     "max_position_embeddings": 128,
 }
+NEXT = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
 ROPE: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "yarn": {
@@ -119,6 +132,7 @@ CASES = {
     "qwen3_moe": ("qwen3_moe", {}),
     "gemma3_text": ("gemma3_text", {}),
     "lfm2": ("lfm2", {}),
+    "qwen3_next": ("qwen3_next", NEXT),
 }
 
 
@@ -256,6 +270,12 @@ REFUSED = [
         "llama",
         {"rope_parameters": {**ROPE["yarn"], "attention_factor": 0.5}},
         "attention_factor must be null, as llama.cpp takes",
+    ),
+    ("qwen3_next", NEXT | {"linear_value_head_dim": 12}, "linear_value_head_dim of qwen3_next must be linear_key_head"),
+    (
+        "qwen3_next",
+        NEXT | {"layer_types": ["full_attention", "linear_attention", "linear_attention"]},
+        "layer_types must repeat with",
     ),
     ("llama", {"eos_token_id": [2, 5, 6, 7]}, "at most 3 tokens that end a text, got"),
 ]

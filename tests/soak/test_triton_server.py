@@ -5,23 +5,27 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.helpers.tokenizers import make_tokenizer
+from tests.helpers.exported_models import exported_model
+from tests.helpers.smollm2 import load_smollm2
 from tests.helpers.triton_environment import put_on_path
 from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.exporting import MANIFEST, export
 from toolkit.exporting.triton_server import MODEL
 from toolkit.exporting.triton_server.consumer import TritonServer
-from toolkit.testing.models import random_model
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
 TEXTS = ["the quick brown fox", "two plus two", "hello world", "say the question"] * 2
 
 
-def test_it_serves_generate_and_generate_stream(tmp_path, monkeypatch):
+FAMILIES = ("llama", "qwen3", "gemma3_text", "qwen3_moe", "lfm2", "smollm2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_serves_generate_and_generate_stream(family, tmp_path, monkeypatch):
     put_on_path(tmp_path / "environment", monkeypatch)
-    model, tokenizer = random_model("qwen3", hidden=32, vocabulary=340), make_tokenizer()
+    model, tokenizer = load_smollm2() if family == "smollm2" else exported_model(family)
     with Engine(model, tokenizer) as engine:
         params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
         expected = engine.generate([*TEXTS, [5, 6, 7], [9, 3]], params)

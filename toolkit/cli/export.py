@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
             args.model, args.target, args.to, args.quantise, args.dtype, not args.no_check, args.imatrix
         )
     print(f"exported {args.model} to {compared.path}")
+    if compared.left_out is not None:
+        print(compared.left_out)
     if compared.consumer is not None:
         print(compared)
     elif not args.no_check:

@@ -28,16 +28,19 @@ class ExportJob:
     imatrix: Path | None = None
 
 
+Outputs = list[list[int]] | list[list[float]]
+
+
 class ConsumerOutput(NamedTuple):
     """What a program generated from an export.
 
     Attributes:
         consumer: the program and its version, such as "transformers 5.23.0".
-        outputs: greedy token ids, one list per prompt.
+        outputs: greedy token ids, one list per prompt; of a model that generates nothing, its output.
     """
 
     consumer: str
-    outputs: list[list[int]]
+    outputs: Outputs
 
 
 class ExportTarget(ABC):
@@ -120,8 +123,10 @@ _OF_EXTRA = ("gguf", "libgguf", "compressed_tensors")
 
 
 def require_packages(target: ExportTarget, quantise: str | None) -> None:
-    """Raise ToolkitError, in one sentence, where a package that writing needs is missing."""
-    for package in target.packages(quantise):
-        if importlib.util.find_spec(package) is None:
-            name = '"train-infer-toolkit[export]"' if package in _OF_EXTRA else package
-            raise ToolkitError(f"An export to {target.target!r} needs the package '{package}': pip install {name}.")
+    """Raise ToolkitError, in one sentence, where packages that writing needs are missing."""
+    missing = [package for package in target.packages(quantise) if importlib.util.find_spec(package) is None]
+    if missing:
+        what = "package" if len(missing) == 1 else "packages"
+        named = " and ".join(f"'{package}'" for package in missing)
+        install = dict.fromkeys('"train-infer-toolkit[export]"' if one in _OF_EXTRA else one for one in missing)
+        raise ToolkitError(f"An export to {target.target!r} needs the {what} {named}: pip install {' '.join(install)}.")

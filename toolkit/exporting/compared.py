@@ -3,20 +3,25 @@
 import argparse
 import json
 import random
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit.engine import Engine, SamplingParams
 from toolkit.exporting.base import TARGETS, is_lossless
+from toolkit.exporting.hf import pooled_outputs
 from toolkit.exporting.manifest import MANIFEST
 from toolkit.exporting.writing import export
-from toolkit.loading import load_model, load_with_adapters
+from toolkit.loading import choose_runner, find_source, load_model, load_with_adapters
 from toolkit.patching.adapters import vocabulary_size
 from toolkit.quantised import dequantise
 
 PROMPTS = 8
 TOKENS = 64
+TOLERANCE = 1e-5
+"""Of outputs that are no tokens, beside the largest value."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,11 @@ class Comparison:
     Attributes:
         path: the folder that was written.
         consumer: the program and its version; None where none was run.
-        equal: prompts, of ``PROMPTS``, of which it gave the engine's greedy tokens; None where none was run.
-        tokens: of each of them, ``TOKENS`` or what a model of short sequences has room for.
+        equal: prompts, of ``PROMPTS``, of which it gave the engine's greedy tokens; of a model that generates nothing,
+            its output within ``TOLERANCE``. None where none was run.
+        tokens: of each of them, ``TOKENS`` or what a model of short sequences has room for; 0 where none are generated.
         lossless: whether all are equal unless something is wrong.
+        left_out: what the manifest says of tensors that are not in the export, in a sentence.
     """
 
     path: Path
@@ -36,6 +43,7 @@ class Comparison:
     equal: int | None = None
     tokens: int = 0
     lossless: bool = False
+    left_out: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -43,8 +51,8 @@ class Comparison:
         return self.equal in (None, PROMPTS) or not self.lossless
 
     def __str__(self) -> str:
-        equal = f"{self.equal} of {PROMPTS} prompts give the same {self.tokens} greedy tokens"
-        return f"{self.consumer} on the export: {equal}"
+        what = f"{self.tokens} greedy tokens" if self.tokens else "output"
+        return f"{self.consumer} on the export: {self.equal} of {PROMPTS} prompts give the same {what}"
 
 
 def export_and_compare(
@@ -66,24 +74,47 @@ def export_and_compare(
         ToolkitError: what ``toolkit.export`` and loading refuse.
     """
     target = TARGETS.find("--to", to)()
-    model, tokenizer = load_model(source, dtype)
+    runner, _ = choose_runner(find_source(source))
+    model, tokenizer = load_model(source, dtype, runner=runner)
     if not target.takes_quantised or quantise not in (None, target.format_of(model)):
         dequantise(model)
-    with Engine(model, tokenizer) as engine:
-        most = engine.max_model_len // 2
-        tokens = min(TOKENS, engine.max_model_len - most)
+    generates = runner != "pooling"
+    exported = load_with_adapters(source, dtype) if target.holds_adapters else model
+    with Engine(model, tokenizer) if generates else nullcontext() as engine:
+        longest = _longest(model) if engine is None else engine.max_model_len
+        tokens = min(TOKENS, longest - longest // 2) if generates else 0
         prompts = text_prompts(tokenizer, vocabulary_size(model), random.Random(0))[:PROMPTS]
-        prompts = [prompt[:most] for prompt in prompts]
-        exported = load_with_adapters(source, dtype) if target.holds_adapters else model
+        prompts = [prompt[: longest // 2] for prompt in prompts]
         written = export(exported, path, to, tokenizer, quantise, prompts if check else (), tokens, imatrix)
-        proof = json.loads((written / MANIFEST).read_text())["proof"]
-        if proof is None:
-            return Comparison(written)
-        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        ours = [list(completion.token_ids) for completion in engine.generate(prompts, params)]
-    equal = sum(a == b for a, b in zip(ours, proof["outputs"]))
+        found = json.loads((written / MANIFEST).read_text())
+        if found["proof"] is None:
+            return Comparison(written, left_out=_left_out(found))
+        theirs = found["proof"]["outputs"]
+        if engine is None:
+            equal = sum(map(_close, pooled_outputs(model, prompts), theirs))
+        else:
+            params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+            equal = sum(list(one.token_ids) == its for one, its in zip(engine.generate(prompts, params), theirs))
     lossless = is_lossless(target, quantise) and dtype == "float32"
-    return Comparison(written, proof["consumer"], equal, tokens, lossless)
+    return Comparison(written, found["proof"]["consumer"], equal, tokens, lossless, _left_out(found))
+
+
+def _longest(model: Any) -> int:
+    """Tokens of the longest text of a model that generates nothing."""
+    return getattr(model.config, "max_position_embeddings", None) or 512
+
+
+def _close(one: Sequence[float], other: Sequence[float]) -> bool:
+    bound = TOLERANCE * max(map(abs, one))
+    return len(one) == len(other) and all(abs(a - b) <= bound for a, b in zip(one, other))
+
+
+def _left_out(found: dict[str, Any]) -> str | None:
+    """Of a manifest."""
+    lost = found["left_out"]
+    if lost is None:
+        return None
+    return f"{found['format']} does not hold {lost['tensors']} tensors of the checkpoint, such as {lost['first']}"
 
 
 def text_prompts(tokenizer: Any, vocabulary: int, source: random.Random) -> list[list[int]]:

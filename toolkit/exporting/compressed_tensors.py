@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
 from toolkit.exporting.base import ConsumerOutput, ExportJob, ExportTarget
-from toolkit.exporting.hf import check_whole_model, greedy_tokens, write_checkpoint
+from toolkit.exporting.hf import check_whole_model, stock_outputs, write_checkpoint
 from toolkit.exporting.manifest import installed_version
 from toolkit.loading.source import CONFIG, read_json
 from toolkit.loading.tensors import INDEX, weight_files
@@ -104,7 +104,7 @@ class CompressedTensors(ExportTarget, name="compressed-tensors"):
             return None
         names = ("transformers", "compressed-tensors")
         versions = ", ".join(f"{name} {installed_version(name)}" for name in names)
-        return ConsumerOutput(versions, greedy_tokens(str(folder), prompts, max_tokens))
+        return ConsumerOutput(versions, stock_outputs(folder, prompts, max_tokens))
 
 
 def linear_layers(model: Any) -> dict[str, nn.Linear]:

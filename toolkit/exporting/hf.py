@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ToolkitError
-from toolkit.exporting.base import ConsumerOutput, ExportJob, ExportTarget
+from toolkit.exporting.base import ConsumerOutput, ExportJob, ExportTarget, Outputs
 from toolkit.exporting.completeness import check_towers, checkpoint_folder, unread_tensors
 from toolkit.exporting.manifest import installed_version
 from toolkit.exporting.older_fields import write_older_fields
 from toolkit.exporting.unread import copy_unread
-from toolkit.loading import auto_class, processor_files, write_processor_files
+from toolkit.loading import add_files, auto_class, pooling_class, pooling_files, processor_files, runner_of
 from toolkit.loading.model import quiet_transformers
 from toolkit.loading.source import CONFIG
 from toolkit.quantised import dense_state, quantised_weights
@@ -21,10 +21,10 @@ SHARD = "5GB"
 
 
 class HuggingFace(ExportTarget, name="hf"):
-    """safetensors, config, generation config, tokenizer, processor; a patch's attention does not reach the config.
+    """safetensors, config, generation config, tokenizer, processor, pooling; no patch's attention is in the config.
 
     Tensors have the names that the checkpoint has. Those that the model's class does not read (multi-token prediction
-    layers) and files of the processor are copied from it. Every token at which the
+    layers), files of the processor and of pooling are copied from it. Every token at which the
     engine stops is in the generation config. Quantised weights are dense in it, of the values that they stand for.
     """
 
@@ -41,7 +41,7 @@ class HuggingFace(ExportTarget, name="hf"):
 
     def consume(self, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> ConsumerOutput | None:
         return ConsumerOutput(
-            f"transformers {installed_version('transformers')}", greedy_tokens(str(folder), prompts, max_tokens)
+            f"transformers {installed_version('transformers')}", stock_outputs(folder, prompts, max_tokens)
         )
 
 
@@ -65,7 +65,7 @@ def check_causal(job: ExportJob, target: str) -> None:
 
 
 def write_checkpoint(job: ExportJob, folder: Path) -> None:
-    """Fill ``folder`` with the model, its tokenizer and the files of its processor."""
+    """Fill ``folder`` with the model, its tokenizer and the files of its processor and its pooling."""
     model = job.model
     state = dense_state(model) if any(quantised_weights(model)) else None
     with quiet_transformers():
@@ -79,7 +79,8 @@ def write_checkpoint(job: ExportJob, folder: Path) -> None:
         generation.save_pretrained(folder)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(folder)
-    write_processor_files(processor_files(checkpoint_folder(model)), folder)
+    source = checkpoint_folder(model)
+    add_files(processor_files(source) | pooling_files(source), folder)
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -92,9 +93,27 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def greedy_tokens(path: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """What stock transformers generates from the checkpoint at ``path``: greedy, eager attention, prompt by prompt."""
-    return generate_greedily(stock_model(path, attn_implementation="eager"), prompts, max_tokens)
+def stock_outputs(path: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> Outputs:
+    """What stock transformers generates from the checkpoint at ``path``: greedy, eager attention, prompt by prompt.
+
+    Of a model that generates nothing, ``pooled_outputs``.
+    """
+    model = stock_model(path, attn_implementation="eager")
+    return generate_greedily(model, prompts, max_tokens) if model.can_generate() else pooled_outputs(model, prompts)
+
+
+def pooled_outputs(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The logits of each prompt, or its last token's; of a model without a head the last token's hidden state."""
+    import torch
+
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        with torch.no_grad():
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        values = output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
+        found.append(values.reshape(-1, values.shape[-1])[-1].tolist())
+    return found
 
 
 def stock_model(path: str | Path, **options: Any) -> Any:
@@ -105,7 +124,8 @@ def stock_model(path: str | Path, **options: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    opener = auto_class(AutoConfig.from_pretrained(path, local_files_only=True))
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    opener = pooling_class(config) if runner_of(config, False) == "pooling" else auto_class(config)
     with quiet_transformers():
         return opener.from_pretrained(path, local_files_only=True, **options).eval()
 

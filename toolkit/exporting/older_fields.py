@@ -1,7 +1,7 @@
 """Fields of a configuration under the names that they had before transformers 5.
 
-Readers of those names (transformers 4, mlx-lm, mistral.rs) refuse a folder without them, or take their own defaults
-without a word. transformers 5 reads both.
+Readers of those names (transformers 4, vLLM, mlx-lm, mistral.rs) refuse a folder without them, or take their own
+defaults without a word. transformers 5 reads both.
 """
 
 import json
@@ -13,7 +13,7 @@ from toolkit.loading.source import read_json
 Fields = dict[str, Any]
 WINDOW, ALL = "sliding_attention", "full_attention"
 RENAMED = {
-    "lfm2": {"block_dim": "hidden_size"},
+    "lfm2": {"block_dim": "hidden_size", "conv_dim": "hidden_size"},
     "qwen3_moe": {"num_experts": "num_local_experts"},
     "qwen3_vl_moe_text": {"num_experts": "num_local_experts"},
 }

@@ -51,15 +51,19 @@ class ProgramTarget(ExportTarget):
             job.tokenizer.save_pretrained(folder)
 
     def consume(self, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> ConsumerOutput | None:
-        from transformers.exporters.base import ExportedModel
-
         if self.runtime is not None and importlib.util.find_spec(self.runtime) is None:
             return None
-        with quiet_torch_export():
-            program = ExportedModel.from_pretrained(str(folder), **self.running)
+        parts = self.runners(folder)
         name = self.runtime or "torch"
-        outputs = [generated(program.runners, folder, prompt, max_tokens) for prompt in prompts]
+        outputs = [generated(ProgramLoop(parts, folder), prompt, max_tokens) for prompt in prompts]
         return ConsumerOutput(f"{name} {installed_version(name)}", outputs)
+
+    def runners(self, folder: Path) -> Any:
+        """The programs of an export, loaded by their runtime: "prefill" and "decode"."""
+        from transformers.exporters.base import ExportedModel
+
+        with quiet_torch_export():
+            return ExportedModel.from_pretrained(str(folder), **self.running).runners
 
 
 @contextmanager
@@ -95,25 +99,41 @@ def exported_program(exporter: Any, checkpoint: Path, config: Any, target: str) 
             ) from None
 
 
-def generated(parts: Any, folder: Path, prompt: Sequence[int], max_tokens: int) -> list[int]:
-    """``max_tokens`` greedy tokens: one run of the prefill, then one of the decode step for each token.
+class ProgramLoop:
+    """One sequence through the programs: the prefill once, then the decode step, with the cache between them.
 
     Args:
         parts: runners of "prefill" and "decode".
         folder: with the model's configuration, which says what the cache of each layer is.
-        prompt: at least two token ids; torch.export specialises programs for one.
     """
-    import torch
-    from transformers import AutoConfig, DynamicCache
 
+    def __init__(self, parts: Any, folder: Path) -> None:
+        from transformers import AutoConfig, DynamicCache
+
+        self._parts, self._length = parts, 0
+        self._past = DynamicCache(config=AutoConfig.from_pretrained(folder, local_files_only=True))
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """[vocabulary] behind ``ids``, which continue those given before.
+
+        Args:
+            ids: at first two token ids or more, since torch.export specialises programs for one; then one.
+        """
+        import torch
+
+        positions = torch.arange(self._length, self._length + len(ids)).unsqueeze(0)
+        run = self._parts["decode" if self._length else "prefill"]
+        output = run(input_ids=torch.tensor([list(ids)]), position_ids=positions, past_key_values=self._past)
+        self._length, self._past = self._length + len(ids), output.past_key_values
+        return output.logits[0, -1]
+
+
+def generated(loop: ProgramLoop, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    """``max_tokens`` greedy tokens after a prompt of at least two token ids."""
     tokens: list[int] = []
-    ids, part, begin = torch.tensor([list(prompt)]), "prefill", 0
-    past = DynamicCache(config=AutoConfig.from_pretrained(folder, local_files_only=True))
+    ids = list(prompt)
     while True:
-        positions = torch.arange(begin, begin + ids.shape[1]).unsqueeze(0)
-        output = parts[part](input_ids=ids, position_ids=positions, past_key_values=past)
-        tokens.append(int(output.logits[0, -1].argmax()))
+        tokens.append(int(loop.logits(ids).argmax()))
         if len(tokens) == max_tokens:
             return tokens
-        begin, past, part = begin + ids.shape[1], output.past_key_values, "decode"
-        ids = torch.tensor([tokens[-1:]])
+        ids = tokens[-1:]

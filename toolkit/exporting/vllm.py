@@ -11,6 +11,7 @@ from pathlib import Path
 from toolkit.errors import ToolkitError
 from toolkit.exporting.base import ConsumerOutput
 from toolkit.exporting.hf import HuggingFace
+from toolkit.loading import runner_of
 from toolkit.loading.source import CONFIG, read_json
 
 PYTHON = "TOOLKIT_VLLM_PYTHON"
@@ -32,9 +33,16 @@ print(json.dumps({"version": vllm.__version__, "outputs": outputs}), flush=True)
 
 
 class Vllm(HuggingFace, name="vllm"):
-    """The folder of target "hf"; the check runs the Python that ``TOOLKIT_VLLM_PYTHON`` names, or this one's vLLM."""
+    """The folder of target "hf"; the check runs the Python that ``TOOLKIT_VLLM_PYTHON`` names, or this one's vLLM.
+
+    A model that generates nothing is not checked.
+    """
 
     def consume(self, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> ConsumerOutput | None:
+        from transformers import AutoConfig
+
+        if runner_of(AutoConfig.from_pretrained(folder, local_files_only=True), False) == "pooling":
+            return None
         python = os.environ.get(PYTHON)
         if python is None:
             if importlib.util.find_spec("vllm") is None:

@@ -6,12 +6,12 @@ Weights are safetensors or GGUF, never pickled; a tensor that the files lack is 
 from typing import Any
 
 from toolkit.errors import ToolkitError, must_be_one_of
-from toolkit.loading.classes import RUNNERS, auto_class, runner_of
+from toolkit.loading.classes import RUNNERS, auto_class, pooling_class, runner_of
 from toolkit.loading.generation_config import sampling_defaults
 from toolkit.loading.model import DTYPES, load_weights, load_with_adapters, read_config
 from toolkit.loading.new_weights import read_new_weights
-from toolkit.loading.pooling_files import pooler_settings
-from toolkit.loading.processor import load_processor, processor_files, write_processor_files
+from toolkit.loading.pooling_files import pooler_settings, pooling_files
+from toolkit.loading.processor import add_files, load_processor, processor_files
 from toolkit.loading.source import Source, find_source
 from toolkit.loading.tokenizer import find_tokenizer, load_tokenizer
 
@@ -19,6 +19,7 @@ __all__ = [
     "DTYPES",
     "RUNNERS",
     "Source",
+    "add_files",
     "auto_class",
     "choose_runner",
     "find_source",
@@ -29,13 +30,14 @@ __all__ = [
     "load_weights",
     "load_with_adapters",
     "pooler_settings",
+    "pooling_class",
+    "pooling_files",
     "processor_files",
     "read_config",
     "read_new_weights",
     "runner_of",
     "sampling_defaults",
     "with_draft_model",
-    "write_processor_files",
 ]
 
 

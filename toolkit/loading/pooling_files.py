@@ -9,6 +9,8 @@ from toolkit.loading.source import Source, read_json
 
 MODULES = "modules.json"
 SETTINGS = "sentence_bert_config.json"
+_OTHERS = (SETTINGS, "config_sentence_transformers.json")
+_OF_MODULES = ("config.json", "model.safetensors")
 # Fields of the pooling's configuration, and the pooling types that are served.
 _MODES = {"pooling_mode_cls_token": "CLS", "pooling_mode_mean_tokens": "MEAN", "pooling_mode_lasttoken": "LAST"}
 _NAMED = {"cls": "CLS", "mean": "MEAN", "lasttoken": "LAST"}
@@ -48,6 +50,15 @@ def pooler_settings(source: Source) -> dict[str, Any] | None:
         if given.get("max_seq_length"):
             found["max_model_len"] = int(given["max_seq_length"])
     return found
+
+
+def pooling_files(folder: Path | None) -> dict[str, bytes]:
+    """The files that say how a folder's model is pooled, by their path in it; none without them."""
+    if folder is None or not (folder / MODULES).is_file():
+        return {}
+    inside = [str(module["path"]) for module in _modules(folder / MODULES) if module.get("path")]
+    names = [MODULES, *_OTHERS, *(f"{module}/{name}" for module in inside for name in _OF_MODULES)]
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def _modules(file: Path) -> list[dict[str, Any]]:

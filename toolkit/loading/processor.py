@@ -30,10 +30,11 @@ def processor_files(folder: Path | None) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in PROCESSOR_FILES if (folder / name).is_file()}
 
 
-def write_processor_files(files: dict[str, bytes], folder: Path) -> None:
+def add_files(files: dict[str, bytes], folder: Path) -> None:
     """Write the files that ``folder`` does not have yet: a tokenizer that was saved there keeps its chat template."""
     for name, content in files.items():
         if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
 
 

@@ -12,7 +12,7 @@ from toolkit.testing.models import FAMILIES, from_config, random_model, tiny_tok
 
 EXPORTED = (
     "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "lfm2", "gemma2", "gpt_neox", "mixtral",
-    "gpt_oss", "deepseek_v3", "qwen3_next", "mamba2", "bamba",
+    "gpt_oss", "deepseek_v3", "qwen3_next", "qwen3_next_moe", "mamba2", "bamba",
 )  # fmt: skip
 """Families that are measured."""
 _MORE: dict[str, dict[str, Any]] = {
@@ -24,6 +24,7 @@ _MORE: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
     },
     "qwen2": {"num_key_value_heads": 2},
+    "qwen3_next_moe": {"linear_value_head_dim": 16},
 }
 HIDDEN, VOCABULARY = 64, 331
 PROMPTS = [[5, 6, 7, 8], [200, 9, 13, 30, 41, 77, 8, 12, 99], [3, 4], [50, 60, 70, 80, 90, 100, 110]]
@@ -71,7 +72,7 @@ def columns(targets: Sequence[str]) -> list[tuple[str, str | None]]:
 def family_model(family: str) -> Any:
     """A small random model."""
     if family in FAMILIES:
-        return random_model(family, hidden=HIDDEN, vocabulary=VOCABULARY)
+        return random_model(family, hidden=HIDDEN, vocabulary=VOCABULARY, **_MORE.get(family, {}))
     from transformers import AutoConfig
 
     sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 2}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from toolkit.config import dump
-from toolkit.loading import write_processor_files
+from toolkit.loading import add_files
 from toolkit.training.averaging import save_averages
 from toolkit.training.model import save_model
 from toolkit.training.resume import AVERAGED, Start
@@ -40,7 +40,7 @@ def write_run(
     """
     save_model(trainer.hf_model, staging, trainer.recipe.model)
     trainer.tokenizer.save_pretrained(str(staging))
-    write_processor_files(trainer.processor_files, staging)
+    add_files(trainer.processor_files, staging)
     (staging / "recipe.yaml").write_text(dump(trainer.recipe), encoding="utf-8")
     values = {
         "step": trainer.step,
@@ -76,7 +76,7 @@ def write_averaged(trainer: "Trainer") -> None:
         shutil.rmtree(folder, ignore_errors=True)
         save_model(trainer.hf_model, folder, trainer.recipe.model)
         trainer.tokenizer.save_pretrained(str(folder))
-        write_processor_files(trainer.processor_files, folder)
+        add_files(trainer.processor_files, folder)
 
 
 def restore_run(trainer: "Trainer", start: Start) -> None:

@@ -17,7 +17,7 @@ from toolkit.exporting.gguf.importance import (
     read_importance,
     write_importance,
 )
-from toolkit.exporting.gguf.metadata import head_size_of, window_period, write_metadata
+from toolkit.exporting.gguf.metadata import attention_interval, head_size_of, window_period, write_metadata
 from toolkit.exporting.gguf.modelfile import modelfile
 from toolkit.exporting.gguf.rotary import check_rotary
 from toolkit.exporting.gguf.tensors import Names, named_tensors
@@ -44,9 +44,11 @@ class Gguf(ExportTarget, name="gguf"):
     def check(self, job: ExportJob) -> None:
         check_whole_model(job, self.target)
         family = family_of(job.model, self.target)
-        check_rotary(job.model.config, self.target)
+        check_rotary(job.model.config, self.target, family.partial_rotary)
         if family.arch == "gemma3":
             window_period(job.model.config)
+        elif family.arch == "qwen3next":
+            attention_interval(job.model.config)
         read_vocabulary(job.tokenizer, job.model.config.vocab_size, self.target)
         ordered_ends(job.model, job.tokenizer, self.target)
 

@@ -15,6 +15,7 @@ class Family:
         arch: llama.cpp's name of the architecture.
         interleaved_rotary: queries and keys rotate neighbouring rows; those of transformers, halves, are permuted.
         norm_offset: norms multiply by 1 + weight, which is added before writing.
+        partial_rotary: a part of each head may be rotated (``partial_rotary_factor``).
         activations: values of ``hidden_act`` that it computes.
         refused: fields of the configuration, what they must be, and what they mean.
     """
@@ -22,6 +23,7 @@ class Family:
     arch: str
     interleaved_rotary: bool = False
     norm_offset: bool = False
+    partial_rotary: bool = False
     activations: tuple[str, ...] = ("silu", "swish")
     refused: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = ()
 
@@ -44,6 +46,10 @@ def _true(value: Any, config: Any) -> bool:
     return bool(value)
 
 
+def _key_size(value: Any, config: Any) -> bool:
+    return bool(value == config.linear_key_head_dim)
+
+
 def _gemma_scale(value: Any, config: Any) -> bool:
     """llama.cpp scales by the head size, and in the model of 62 layers by hidden size over heads."""
     layers = config.num_hidden_layers
@@ -58,20 +64,27 @@ _MOE = (
     ("mlp_only_layers", _unset, "empty, as llama.cpp has experts in every layer"),
     ("decoder_sparse_step", _one, "1, as llama.cpp has experts in every layer"),
 )
+_NO_BIAS = ("attention_bias", _unset, "false, as llama.cpp has no biases there")
+_NEXT = (
+    *_MOE,
+    _NO_BIAS,
+    ("linear_value_head_dim", _key_size, "linear_key_head_dim, as llama.cpp's states are square"),
+)
 _GEMMA3 = (
     ("query_pre_attn_scalar", _gemma_scale, "the head size, by which llama.cpp scales"),
     ("attn_logit_softcapping", _unset, "null, as llama.cpp caps no scores in this architecture"),
     ("final_logit_softcapping", _unset, "null, as llama.cpp caps no logits in this architecture"),
     ("use_bidirectional_attention", _unset, "false"),
-    ("attention_bias", _unset, "false, as llama.cpp has no biases there"),
+    _NO_BIAS,
 )
 
 FAMILIES = {
     "llama": Family("llama", interleaved_rotary=True),
     "mistral": Family("llama", interleaved_rotary=True, refused=(_WINDOW,)),
     "qwen2": Family("qwen2", refused=_QWEN),
-    "qwen3": Family("qwen3", refused=(*_QWEN, ("attention_bias", _unset, "false, as llama.cpp has no biases there"))),
+    "qwen3": Family("qwen3", refused=(*_QWEN, _NO_BIAS)),
     "qwen3_moe": Family("qwen3moe", refused=(*_QWEN, *_MOE)),
+    "qwen3_next": Family("qwen3next", norm_offset=True, partial_rotary=True, refused=_NEXT),
     "gemma3_text": Family("gemma3", norm_offset=True, activations=("gelu_pytorch_tanh",), refused=_GEMMA3),
     "lfm2": Family("lfm2", refused=(("conv_bias", _unset, "false, as llama.cpp's convolutions have no bias"),)),
 }

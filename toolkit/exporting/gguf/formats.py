@@ -27,7 +27,7 @@ FILE_TYPES = {
 }
 _SCALED = ("q4_0", "q5_0", "q5_1")
 """Other formats whose scales libgguf chooses by importances."""
-_KEPT = ("ffn_gate_inp", "shortconv.conv")
+_KEPT = ("ffn_gate_inp", "shortconv.conv", "ssm_conv1d")
 """Small tensors that llama.cpp reads as float32: routers and convolutions."""
 
 

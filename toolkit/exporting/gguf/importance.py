@@ -115,9 +115,9 @@ def write_importance(text: Path, checkpoint: Path, tokenizer: Any, names: "Names
     writer.add_uint32("imatrix.chunk_count", len(chunks))
     writer.add_uint32("imatrix.chunk_size", size)
     for path, squares in sums.items():
-        name = names.of(f"{path}.weight")
-        writer.add_tensor(f"{name}.in_sum2", squares.float().numpy()[None])
-        writer.add_tensor(f"{name}.counts", torch.tensor([[tokens]]).numpy())
+        for name in names.parts(f"{path}.weight"):
+            writer.add_tensor(f"{name}.in_sum2", squares.float().numpy()[None])
+            writer.add_tensor(f"{name}.counts", torch.tensor([[tokens]]).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

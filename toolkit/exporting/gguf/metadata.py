@@ -38,7 +38,15 @@ def write_metadata(writer: "GGUFWriter", config: Any, family: Family, feed_forwa
         writer.add_shortconv_l_cache(config.conv_L_cache)
     else:
         writer.add_head_count_kv(config.num_key_value_heads)
-    if family.arch == "qwen3moe":
+    if family.arch == "qwen3next":
+        writer.add_full_attention_interval(attention_interval(config))
+        writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+        writer.add_ssm_state_size(config.linear_key_head_dim)
+        writer.add_ssm_group_count(config.linear_num_key_heads)
+        writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+        writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if family.arch in ("qwen3moe", "qwen3next"):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
@@ -50,15 +58,28 @@ def write_metadata(writer: "GGUFWriter", config: Any, family: Family, feed_forwa
 
 
 def window_period(config: Any) -> int:
-    """n where every n-th layer sees everything and the others have a window.
+    """n where every n-th layer sees everything and the others have a window; 6 where fewer layers all have one.
 
     Raises:
         ToolkitError: layers that alternate in another way.
     """
+    return _period(config, "sliding_attention", 6)
+
+
+def attention_interval(config: Any) -> int:
+    """n where every n-th layer has attention and the others a recurrence.
+
+    Raises:
+        ToolkitError: layers that alternate in another way.
+    """
+    return _period(config, "linear_attention", len(config.layer_types) + 1)
+
+
+def _period(config: Any, other: str, longest: int) -> int:
+    """n where every n-th layer is full_attention and the rest ``other``; ``longest`` where none is."""
     kinds = list(config.layer_types)
-    period = kinds.index("full_attention") + 1 if "full_attention" in kinds else 6
-    regular = ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(len(kinds))]
-    if kinds != regular or (period == 6 and "full_attention" not in kinds and len(kinds) >= 6):
+    period = kinds.index("full_attention") + 1 if "full_attention" in kinds else longest
+    if kinds != ["full_attention" if (layer + 1) % period == 0 else other for layer in range(len(kinds))]:
         raise ToolkitError(
             f"layer_types must repeat with one full_attention at the end of each period for llama.cpp, got {kinds}."
         )

@@ -32,13 +32,13 @@ def window_base(config: Any) -> float | None:
     return float(given["rope_theta"])
 
 
-def check_rotary(config: Any, target: str) -> None:
-    """Raise ToolkitError for a scaling that llama.cpp does not compute."""
+def check_rotary(config: Any, target: str, partial: bool = False) -> None:
+    """Raise ToolkitError for a scaling that llama.cpp does not compute; ``partial``: heads may be rotated in part."""
     given = rotary_parameters(config)
     kind = given.get("rope_type", "default")
     if kind not in SCALINGS:
         raise ToolkitError(f"An export to {target!r}: {must_be_one_of('rope_type', kind, SCALINGS)}")
-    if given.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+    if not partial and given.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise ToolkitError(
             f"An export to {target!r}: partial_rotary_factor must be 1, got {given['partial_rotary_factor']!r}."
         )
@@ -66,7 +66,7 @@ def write_rotary(writer: "GGUFWriter", config: Any, head_size: int) -> None:
 
     given = rotary_parameters(config)
     kind = given.get("rope_type", "default")
-    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_dimension_count(int(head_size * (given.get("partial_rotary_factor") or 1.0)))
     writer.add_rope_freq_base(float(given["rope_theta"]))
     window = window_base(config)
     if window is not None:

@@ -18,6 +18,12 @@ from toolkit.loading.tensors import tensor_headers, weight_files
 
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)\.weight$")
 _UNTIED = "lm_head.weight"
+_JOINED = "linear_attn.in_proj_qkvz"
+"""Queries, keys, values and gates of a gated delta net; llama.cpp has the gates apart."""
+_PARTS = "linear_attn.in_proj_qkv", "linear_attn.in_proj_z"
+_CONVOLUTIONS = "conv.conv.weight", "linear_attn.conv1d.weight"
+_BIAS = "linear_attn.dt_bias", "linear_attn.dt_proj.bias"
+_DECAY = "linear_attn.A_log"
 
 
 class Named(NamedTuple):
@@ -51,13 +57,19 @@ class Names:
 
     def of(self, name: str) -> str:
         """GGUF's name. Raises ToolkitError for a tensor that llama.cpp's architecture does not have."""
-        stem, _, kind = name.rpartition(".")
+        if name.endswith(_DECAY) and (decay := self._map.get_name(name)) is not None:
+            return str(decay)  # without a suffix
+        stem, _, kind = name.replace(*_BIAS).rpartition(".")
         found = self._map.get_name(stem)
         if found is None or kind not in ("weight", "bias"):
             raise ToolkitError(
                 f"An export to {self._target!r} cannot hold the tensor '{name}': llama.cpp has none such."
             )
         return f"{found}.{kind}"
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """GGUF's names of the tensors that a tensor of the checkpoint becomes, by its rows: one, or two."""
+        return tuple(self.of(name.replace(_JOINED, part)) for part in (_PARTS if _JOINED in name else (_JOINED,)))
 
 
 def named_tensors(folder: Path, config: Any, family: Family, head_size: int, target: str) -> Iterator[Named]:
@@ -82,9 +94,29 @@ def named_tensors(folder: Path, config: Any, family: Family, head_size: int, tar
     for name, (_, shape) in headers.items():
         if _EXPERT.match(name) or (name == _UNTIED and config.tie_word_embeddings):
             continue
+        if _JOINED in name:
+            for part, rows in zip(names.parts(name), delta_net_rows(config)):
+                yield Named(part, (len(rows), *shape[1:]), partial(_rows, read, name, rows))
+            continue
         change = changed(name, config, family)
-        shape = (shape[0], shape[2]) if name.endswith("conv.conv.weight") else shape
+        shape = (shape[0], shape[2]) if name.endswith(_CONVOLUTIONS) else shape
         yield Named(names.of(name), shape, partial(_changed, read, name, change))
+
+
+def delta_net_rows(config: Any) -> tuple[Tensor, Tensor]:
+    """Rows of ``in_proj_qkvz`` that are (queries, keys, values) and gates.
+
+    transformers has them by key heads: each one's query, key, values and gates of the value heads that share it.
+    """
+    keys, values = config.linear_key_head_dim, config.linear_value_head_dim
+    shared = values * (config.linear_num_value_heads // config.linear_num_key_heads)
+    rows = torch.arange(config.linear_num_key_heads * 2 * (keys + shared)).view(config.linear_num_key_heads, -1)
+    query, key, value, gate = (part.flatten() for part in rows.split([keys, keys, shared, shared], dim=1))
+    return torch.cat([query, key, value]), gate
+
+
+def _rows(read: "Reader", name: str, rows: Tensor) -> Tensor:
+    return read(name)[rows]
 
 
 def _stacked(read: "Reader", names: Sequence[str]) -> Tensor:
@@ -100,9 +132,11 @@ def changed(name: str, config: Any, family: Family) -> Callable[[Tensor], Tensor
     if family.interleaved_rotary and re.search(r"\.[qk]_proj\.(weight|bias)$", name):
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
         return lambda weight: permuted(weight, heads)
-    if family.norm_offset and name.endswith("norm.weight"):
+    if family.norm_offset and name.endswith("norm.weight") and "linear_attn.norm" not in name:
         return lambda weight: weight.float() + 1
-    if name.endswith("conv.conv.weight"):
+    if name.endswith(_DECAY):
+        return lambda weight: -weight.float().exp()
+    if name.endswith(_CONVOLUTIONS):
         return lambda weight: weight.squeeze(1)
     return lambda weight: weight
 
