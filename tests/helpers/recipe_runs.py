@@ -49,15 +49,14 @@ def _run(phase: str, name: str, folder: Path) -> None:
 
 
 VARIANTS = {
-    "entropy": ["objective.entropy_coef=0.05", "objective.top_entropy_quantile=0.4"],
+    "entropy": [
+        "objective.entropy_coef=0.05", "objective.top_entropy_quantile=0.4", "objective.rollout.temperature=0.7",
+        "objective.beta=0.1",
+    ],
     "adaptive": [
         "objective.use_adaptive_entropy=true", "objective.entropy_coef=0.02", "objective.entropy_target=3.0",
-        "objective.entropy_coef_delta=0.01",
-    ],
-    "temperature": ["objective.rollout.temperature=0.7", "objective.beta=0.1"],
-    "synced": [
-        "objective.beta=0.1", "objective.sync_ref_model=true", "objective.ref_model_sync_steps=2",
-        "objective.ref_model_mixup_alpha=0.6",
+        "objective.entropy_coef_delta=0.01", "objective.beta=0.1", "objective.use_bias_correction_kl=true",
+        "objective.sync_ref_model=true", "objective.ref_model_sync_steps=2", "objective.ref_model_mixup_alpha=0.6",
     ],
 }  # fmt: skip
 """Of grpo, beside its recipe: ``grpo+entropy`` is one."""
