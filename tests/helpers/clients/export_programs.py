@@ -26,7 +26,7 @@ PROMPT, NEW_TOKENS = 4, 8
 def measured(model: Any, tokenizer: Any, target: str, sequences: list[list[int]], bound: float, folder: Path) -> Any:
     """How far the runtime's log-probabilities are from the model's, and what the manifest proves."""
     begun = time.monotonic()
-    prompts = [sequence[:length] for sequence, length in zip(sequences * 3, (PROMPT, 9, 2))]
+    prompts = [sequence[:length] for sequence, length in zip(sequences * 3, (PROMPT, 9, 3))]
     try:
         path = export(model, folder / target, target, tokenizer, prompts=prompts, max_tokens=NEW_TOKENS)
     except ToolkitError as error:
