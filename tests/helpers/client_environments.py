@@ -30,7 +30,7 @@ def client_environment(
         folder: where it is made, unless ``KEPT`` names one.
         name: of the environment.
         packages: to install.
-        pins: versions of what they need.
+        pins: versions of what they need; ``beside`` those of this project where there are none.
         beside: whether this environment's packages are importable there too, which are not installed again then.
     """
     folder = Path(os.environ.get(KEPT, folder)) / name
@@ -39,7 +39,7 @@ def client_environment(
         return python
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     constraints = CONSTRAINTS
-    if not beside:
+    if pins or not beside:
         constraints = folder / "constraints.txt"
         constraints.write_text("".join(f"{one}\n" for one in pins))
     if beside:
