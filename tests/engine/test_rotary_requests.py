@@ -86,8 +86,8 @@ def test_decode_steps_are_captured(monkeypatch):
     served = []
     forward = DecodeGraphs.forward
 
-    def record(self, context, sampling):
-        logits = forward(self, context, sampling)
+    def record(self, context, *rest):
+        logits = forward(self, context, *rest)
         served.append((self.data_dependent_op, context.batch.rotary_lengths.tolist()))
         return logits
 

@@ -98,8 +98,8 @@ def test_forwards_that_look_at_values_have_no_graphs(make, captured, monkeypatch
     made = []
     original = DecodeGraphs.__init__
 
-    def noted(self, model):
-        original(self, model)
+    def noted(self, model, **settings):
+        original(self, model, **settings)
         made.append(self)
 
     monkeypatch.setattr(DecodeGraphs, "__init__", noted)

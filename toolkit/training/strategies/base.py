@@ -55,9 +55,10 @@ class Strategy:
         """
         self._shard_experts(ragged, masters)
         # Data parallel would write quantised weights in place. All processes have made the same codes; gradients of
-        # those that are trained are averaged by the step.
-        codes = [name for name, _ in quantised_weights(ragged)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ragged, codes)
+        # those that are trained are averaged by the step. Sharded experts are left out already.
+        ignored = [*getattr(ragged, "_ddp_params_and_buffers_to_ignore", ())]
+        ignored += [name for name, _ in quantised_weights(ragged)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ragged, ignored)
         optimizer = make_optimizer(ragged, self.recipe.optimizer, masters, self.recipe.seed)
         self.forward, self.optimizer = self.accelerator.prepare(ragged, optimizer)
         self.ragged = self.accelerator.unwrap_model(self.forward)
