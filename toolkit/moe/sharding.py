@@ -3,7 +3,7 @@
 W ranks of an expert-parallel group, D data-parallel ranks; D / W groups hold the same experts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -135,6 +135,16 @@ def shard_experts(
             parameter = getattr(module, name)
             parameter.data = parameter.data[dispatcher.owned(len(parameter))].clone()
             sharded[f"{path}.{name}" if path else name] = parameter
-    ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *sharded]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    leave_out_of_ddp(model, sharded)
     return ShardedExperts(sharded, list(layers), dispatcher, replicas, average)
+
+
+def leave_out_of_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Let data parallel neither write these parameters nor average their gradients, beside those left out before.
+
+    Args:
+        model: that will be wrapped.
+        names: of its parameters.
+    """
+    ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)

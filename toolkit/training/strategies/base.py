@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.config import Recipe
 from toolkit.errors import ToolkitError
 from toolkit.moe.sharded_parameters import ShardedParameters
-from toolkit.moe.sharding import expert_groups, shard_experts
+from toolkit.moe.sharding import expert_groups, leave_out_of_ddp, shard_experts
 from toolkit.patching import expert_layers
 from toolkit.quantised import quantised_weights
 from toolkit.training.model import RaggedModel
@@ -55,10 +54,8 @@ class Strategy:
         """
         self._shard_experts(ragged, masters)
         # Data parallel would write quantised weights in place. All processes have made the same codes; gradients of
-        # those that are trained are averaged by the step. Sharded experts are left out already.
-        ignored = [*getattr(ragged, "_ddp_params_and_buffers_to_ignore", ())]
-        ignored += [name for name, _ in quantised_weights(ragged)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ragged, ignored)
+        # those that are trained are averaged by the step.
+        leave_out_of_ddp(ragged, [name for name, _ in quantised_weights(ragged)])
         optimizer = make_optimizer(ragged, self.recipe.optimizer, masters, self.recipe.seed)
         self.forward, self.optimizer = self.accelerator.prepare(ragged, optimizer)
         self.ragged = self.accelerator.unwrap_model(self.forward)
